@@ -1,0 +1,191 @@
+"""Dense (with LoRA), norms, rotary embedding and attention, shared by every model family."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from paras2s_jax.models import axes
+
+Axes = tuple[str | None, ...]
+
+KERNEL_INIT = nn.initializers.normal(0.02)
+# torch's kaiming_uniform(a=sqrt(5)) on [r, in]: uniform in +-1/sqrt(in) (peft LoraLayer).
+LORA_A_INIT = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
+
+
+class Dense(nn.Module):
+    """Linear map with kernel [in, out] and an optional low-rank adapter (LoRA, arXiv 2106.09685).
+
+    The adapter lives in collection "lora" as a [in, r] and b [r, out], both float32:
+    y = x @ kernel + bias + (alpha / r) * (x @ a) @ b. b starts at zero, so that a fresh
+    adapter changes nothing.
+    """
+
+    features: int
+    use_bias: bool = True
+    kernel_axes: Axes = (axes.EMBED, axes.MLP)
+    lora_rank: int = 0
+    lora_alpha: float = 16.0
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+    out_dtype: jnp.dtype | None = None
+    kernel_init: Callable = KERNEL_INIT
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x: float[..., in]. Returns: (out_dtype or dtype)[..., out].
+
+        out_dtype=float32 on a bfloat16 head keeps the accumulator's precision in the logits.
+        """
+        in_axis, out_axis = self.kernel_axes
+        width = x.shape[-1]
+        init = nn.with_logical_partitioning(self.kernel_init, self.kernel_axes)
+        kernel = self.param("kernel", init, (width, self.features), self.param_dtype)
+        x = x.astype(self.dtype)
+        y = jnp.matmul(x, kernel.astype(self.dtype), preferred_element_type=self.out_dtype)
+        if self.use_bias:
+            init = nn.with_logical_partitioning(nn.initializers.zeros, (out_axis,))
+            bias = self.param("bias", init, (self.features,), self.param_dtype)
+            y = y + bias.astype(y.dtype)
+        if self.lora_rank > 0:
+            y = y + self._adapter(x, in_axis, out_axis).astype(y.dtype)
+        return y
+
+    def _adapter(self, x, in_axis, out_axis):
+        a_init = nn.with_logical_partitioning(LORA_A_INIT, (in_axis, axes.LORA_RANK))
+        b_init = nn.with_logical_partitioning(nn.initializers.zeros, (axes.LORA_RANK, out_axis))
+        a_shape, b_shape = (x.shape[-1], self.lora_rank), (self.lora_rank, self.features)
+        a = self.variable(
+            "lora", "a", lambda: a_init(self.make_rng("params"), a_shape, jnp.float32)
+        ).value
+        b = self.variable(
+            "lora", "b", lambda: b_init(self.make_rng("params"), b_shape, jnp.float32)
+        ).value
+        scale = self.lora_alpha / self.lora_rank
+        return scale * ((x @ a.astype(self.dtype)) @ b.astype(self.dtype))
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale, computed in float32 (Qwen2RMSNorm, LlamaRMSNorm)."""
+
+    eps: float = 1e-6
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x: float[..., D]. Returns: dtype[..., D]."""
+        init = nn.with_logical_partitioning(nn.initializers.ones, (axes.EMBED,))
+        scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
+        return (x * scale.astype(jnp.float32)).astype(self.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm with scale and bias, computed in float32 (torch.nn.LayerNorm)."""
+
+    eps: float = 1e-5
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x: float[..., D]. Returns: dtype[..., D]."""
+        ones = nn.with_logical_partitioning(nn.initializers.ones, (axes.EMBED,))
+        zeros = nn.with_logical_partitioning(nn.initializers.zeros, (axes.EMBED,))
+        scale = self.param("scale", ones, (x.shape[-1],), self.param_dtype)
+        bias = self.param("bias", zeros, (x.shape[-1],), self.param_dtype)
+        x = x.astype(jnp.float32)
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
+        return (x * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(self.dtype)
+
+
+def make_embed(num: int, width: int, dtype, param_dtype, name: str | None = None) -> nn.Embed:
+    """Token embedding [num, width] with logical axes (vocab, embed)."""
+    init = nn.with_logical_partitioning(KERNEL_INIT, (axes.VOCAB, axes.EMBED))
+    return nn.Embed(
+        num, width, dtype=dtype, param_dtype=param_dtype, embedding_init=init, name=name
+    )
+
+
+def rope_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of the rotary angles (RoFormer, arXiv 2104.09864, sec. 3.2.2).
+
+    positions: int32[B, T]. Returns: two float32[B, T, 1, head_dim // 2].
+    """
+    inv_freq = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions[..., None, None].astype(jnp.float32) * inv_freq
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates the pairs (x_i, x_{i + H/2}): the half-split layout of Llama and Qwen2.
+
+    x: float[B, T, N, H]; cos, sin: float32[B, T, 1, H // 2]. Returns: as x.
+    """
+    lo, hi = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([lo * cos - hi * sin, hi * cos + lo * sin], axis=-1).astype(x.dtype)
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array | None = None,
+    scale: float | None = None,
+) -> jax.Array:
+    """Softmax attention, with the softmax in float32; K may divide N (grouped queries).
+
+    q: float[B, T, N, H]; k, v: float[B, S, K, H]; mask: bool[B, 1|N, T|1, S] or None.
+    Returns: as q. A query without any visible key gets a finite, meaningless value.
+    """
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale)
+
+
+class Segment(NamedTuple):
+    """Keys and values that a query sees: its own, cached, or shared by a group of rows.
+
+    k, v: float[b, S, K, H] where b divides B: row b of the segment serves the B // b
+    consecutive query rows from b * (B // b). mask: bool[b or 1, T or 1, S].
+    """
+
+    k: jax.Array
+    v: jax.Array
+    mask: jax.Array
+
+
+def attend_segments(q: jax.Array, segments: Sequence[Segment], scale: float | None = None):
+    """Attention with one softmax over all segments; shared keys are never repeated.
+
+    q: float[B, T, N, H]. Returns: as q.
+    """
+    rows, steps, heads, width = q.shape
+    scale = width**-0.5 if scale is None else scale
+    scores = [_segment_scores(q * scale, segment) for segment in segments]
+    probs = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
+    out, start = 0.0, 0
+    for segment in segments:
+        size, kv_heads = segment.k.shape[1:3]
+        block = jax.lax.slice_in_dim(probs, start, start + size, axis=-1).astype(segment.v.dtype)
+        # [B, K, N/K, T, S] -> the rows that share one key row are put side by side.
+        block = block.reshape(segment.v.shape[0], -1, kv_heads, heads // kv_heads, steps, size)
+        mixed = jnp.einsum("BGKQTS,BSKH->BGTKQH", block, segment.v)
+        out = out + mixed.reshape(rows, steps, heads, width)
+        start += size
+    return out
+
+
+def _segment_scores(q: jax.Array, segment: Segment) -> jax.Array:
+    """q: float[B, T, N, H], scaled. Returns: float32[B, K, N/K, T, S], masked."""
+    rows, steps, heads, width = q.shape
+    shared, size, kv_heads = segment.k.shape[:3]
+    q = q.reshape(shared, rows // shared, steps, kv_heads, heads // kv_heads, width)
+    scores = jnp.einsum("BGTKQH,BSKH->BGKQTS", q, segment.k, preferred_element_type=jnp.float32)
+    mask = segment.mask[:, None, None, None]
+    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    return scores.reshape(rows, kv_heads, heads // kv_heads, steps, size)

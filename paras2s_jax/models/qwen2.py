@@ -1,0 +1,342 @@
+"""Qwen2 decoder (arXiv 2407.10671): scanned layers, functional KV cache, shared prefix.
+
+Keys that a query may see come in up to three segments under one softmax: a *prefix* shared
+by the G answers to one prompt (read only), a *cache* of earlier steps, and the call's own
+tokens. The cache is read inside the layer scan and written once after it, so that a decode
+step moves one token per layer, not the cache.
+"""
+
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from paras2s_jax.models import axes
+from paras2s_jax.models.layers import (
+    Dense,
+    RMSNorm,
+    Segment,
+    attend_segments,
+    make_embed,
+    rope,
+    rope_angles,
+)
+from paras2s_jax.models.lora import NO_LORA, LoRA
+
+REMAT_POLICIES = {
+    "full": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@dataclass(frozen=True)
+class Qwen2Config:
+    """Sizes of a Qwen2 decoder; names follow Hugging Face's config.json."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int | None = None
+    rope_theta: float = 1_000_000.0
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+
+    @property
+    def width_per_head(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+
+def make_cache(config: Qwen2Config, num_layers: int, rows: int, size: int, dtype) -> dict:
+    """Empty cache {"k", "v"}: dtype[layers, B, S, K, H]."""
+    shape = (num_layers, rows, size, config.num_key_value_heads, config.width_per_head)
+    return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
+
+
+class View(struct.PyTreeNode):
+    """What all layers share in one call: rotary angles and the visibility of each segment.
+
+    cos, sin: float32[B, T, 1, H // 2]; own_mask: bool[B or 1, T, T]; cache_mask: bool[1, 1, S];
+    prefix_mask: bool[P, 1, S].
+    """
+
+    cos: jax.Array
+    sin: jax.Array
+    own_mask: jax.Array
+    cache_mask: jax.Array | None = None
+    prefix_mask: jax.Array | None = None
+
+
+class Qwen2Attention(nn.Module):
+    """Grouped-query attention with rotary positions; q, k, v have a bias, o has none."""
+
+    config: Qwen2Config
+    lora: LoRA = NO_LORA
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    def _dense(self, name: str, features: int, kernel_axes, use_bias: bool) -> Dense:
+        return Dense(
+            features,
+            use_bias=use_bias,
+            kernel_axes=kernel_axes,
+            lora_rank=self.lora.rank_of(name),
+            lora_alpha=self.lora.alpha,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            name=name,
+        )
+
+    @nn.compact
+    def __call__(self, x, view: View, cache=None, prefix=None):
+        """x: float[B, T, D]. Returns: (float[B, T, D], own keys and values [B, T, K, H])."""
+        c = self.config
+        rows, steps, _ = x.shape
+        heads, kv_heads, width = c.num_attention_heads, c.num_key_value_heads, c.width_per_head
+        q = self._dense("q_proj", heads * width, (axes.EMBED, axes.HEADS), True)(x)
+        k = self._dense("k_proj", kv_heads * width, (axes.EMBED, axes.KV_HEADS), True)(x)
+        v = self._dense("v_proj", kv_heads * width, (axes.EMBED, axes.KV_HEADS), True)(x)
+        q = rope(q.reshape(rows, steps, heads, width), view.cos, view.sin)
+        k = rope(k.reshape(rows, steps, kv_heads, width), view.cos, view.sin)
+        v = v.reshape(rows, steps, kv_heads, width)
+        q = nn.with_logical_constraint(q, (axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_HEADS, None))
+        kv_axes = (axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_KV_HEADS, None)
+        k = nn.with_logical_constraint(k, kv_axes)
+        v = nn.with_logical_constraint(v, kv_axes)
+        segments = [Segment(k, v, view.own_mask)]
+        if cache is not None:
+            segments.insert(0, Segment(cache["k"], cache["v"], view.cache_mask))
+        if prefix is not None:
+            segments.insert(0, Segment(prefix["k"], prefix["v"], view.prefix_mask))
+        y = attend_segments(q, segments).reshape(rows, steps, heads * width)
+        y = self._dense("o_proj", c.hidden_size, (axes.HEADS, axes.EMBED), False)(y)
+        return y, {"k": k, "v": v}
+
+
+class Qwen2MLP(nn.Module):
+    """down(silu(gate(x)) * up(x)), no biases."""
+
+    config: Qwen2Config
+    lora: LoRA = NO_LORA
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    def _dense(self, name: str, features: int, kernel_axes) -> Dense:
+        return Dense(
+            features,
+            use_bias=False,
+            kernel_axes=kernel_axes,
+            lora_rank=self.lora.rank_of(name),
+            lora_alpha=self.lora.alpha,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            name=name,
+        )
+
+    @nn.compact
+    def __call__(self, x):
+        """x: float[B, T, D]. Returns: float[B, T, D]."""
+        c = self.config
+        gate = self._dense("gate_proj", c.intermediate_size, (axes.EMBED, axes.MLP))(x)
+        up = self._dense("up_proj", c.intermediate_size, (axes.EMBED, axes.MLP))(x)
+        hidden = nn.silu(gate) * up
+        hidden = nn.with_logical_constraint(hidden, (axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_MLP))
+        return self._dense("down_proj", c.hidden_size, (axes.MLP, axes.EMBED))(hidden)
+
+
+class Qwen2DecoderLayer(nn.Module):
+    """Pre-norm block. emit: which per-layer arrays to return, of "kv" and "input"."""
+
+    config: Qwen2Config
+    lora: LoRA = NO_LORA
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+    emit: tuple[str, ...] = ()
+
+    @nn.compact
+    def __call__(self, x, cache, prefix, view: View):
+        """x: float[B, T, D]. Returns: (float[B, T, D], {name: array for name in emit})."""
+        eps, types = self.config.rms_norm_eps, (self.dtype, self.param_dtype)
+        emitted = {"input": x} if "input" in self.emit else {}
+        y = RMSNorm(eps, *types, name="input_layernorm")(x)
+        attention = Qwen2Attention(self.config, self.lora, *types, name="self_attn")
+        y, kv = attention(y, view, cache, prefix)
+        x = x + y
+        y = RMSNorm(eps, *types, name="post_attention_layernorm")(x)
+        x = x + Qwen2MLP(self.config, self.lora, *types, name="mlp")(y)
+        x = nn.with_logical_constraint(x, (axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_EMBED))
+        if "kv" in self.emit:
+            emitted["kv"] = kv
+        return x, emitted
+
+
+class Qwen2Stack(nn.Module):
+    """`num_layers` decoder layers under one lax.scan; parameters have a leading layer axis."""
+
+    config: Qwen2Config
+    num_layers: int
+    lora: LoRA = NO_LORA
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+    scan_unroll: int = 1
+    remat: str = "none"
+
+    @nn.compact
+    def __call__(
+        self,
+        x,
+        view: View,
+        *,
+        cache=None,
+        cache_index=None,
+        prefix=None,
+        emit: tuple[str, ...] = (),
+    ):
+        """Runs the layers over x: float[B, T, D].
+
+        cache: {"k", "v"} of [layers, B, S, K, H] or None; cache_index: int32[], how many of
+        its S slots are filled: the T new tokens are written there. prefix: as cache, with P
+        rows and P dividing B.
+        Returns: (float[B, T, D], out) with out["cache"] (updated) if a cache is given,
+        out["kv"] [layers, B, T, K, H] and out["input"] [layers, B, T, D] if named in emit.
+        """
+        layer = Qwen2DecoderLayer
+        if self.remat != "none":
+            layer = nn.remat(layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        stack = nn.scan(
+            layer,
+            variable_axes={"params": 0, "lora": 0},
+            split_rngs={"params": True},
+            in_axes=(0, 0, nn.broadcast),
+            length=self.num_layers,
+            unroll=min(self.scan_unroll, self.num_layers),
+            metadata_params={nn.PARTITION_NAME: axes.LAYERS},
+        )
+        types = (self.dtype, self.param_dtype)
+        inner_emit = emit if cache is None else tuple({*emit, "kv"})
+        layers = stack(self.config, self.lora, *types, inner_emit, name="layers")
+        x, out = layers(x, cache, prefix, view)
+        if cache is not None:
+            start = (0, 0, cache_index, 0, 0)
+            out["cache"] = jax.tree.map(
+                lambda old, new: jax.lax.dynamic_update_slice(old, new.astype(old.dtype), start),
+                cache,
+                out["kv"],
+            )
+        return x, out
+
+
+def make_view(
+    config: Qwen2Config,
+    x: jax.Array,
+    *,
+    mask: jax.Array | None = None,
+    positions: jax.Array | None = None,
+    cache: dict | None = None,
+    cache_index: jax.Array | None = None,
+    prefix_mask: jax.Array | None = None,
+) -> View:
+    """Angles and masks of one call on x: [B, T, D].
+
+    mask: bool[B, T], which of the call's own tokens are real (default all; a call that
+    writes to a cache must have real tokens only). positions: int32[B, T], by default
+    cache_index + 0, 1, 2, …, padding included (only differences matter).
+    """
+    steps = x.shape[1]
+    if positions is None:
+        start = 0 if cache_index is None else cache_index
+        positions = (start + jnp.arange(steps))[None]
+    cos, sin = rope_angles(positions, config.width_per_head, config.rope_theta)
+    own_mask = jnp.tril(jnp.ones((steps, steps), bool))[None]
+    if mask is not None:
+        own_mask = own_mask & mask[:, None, :]
+    cache_mask = None
+    if cache is not None:
+        cache_mask = (jnp.arange(cache["k"].shape[2]) < cache_index)[None, None]
+    if prefix_mask is not None:
+        prefix_mask = prefix_mask[:, None, :]
+    return View(cos, sin, own_mask, cache_mask, prefix_mask)
+
+
+class Qwen2LM(nn.Module):
+    """Qwen2 language model (Hugging Face: Qwen2ForCausalLM)."""
+
+    config: Qwen2Config
+    lora: LoRA = NO_LORA
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+    scan_unroll: int = 1
+    remat: str = "none"
+
+    def setup(self):
+        c, types = self.config, (self.dtype, self.param_dtype)
+        self.embed_tokens = make_embed(c.vocab_size, c.hidden_size, *types)
+        self.stack = Qwen2Stack(
+            c, c.num_hidden_layers, self.lora, *types, self.scan_unroll, self.remat
+        )
+        self.norm = RMSNorm(c.rms_norm_eps, *types)
+        if not c.tie_word_embeddings:
+            self.lm_head = Dense(
+                c.vocab_size,
+                use_bias=False,
+                kernel_axes=(axes.EMBED, axes.VOCAB),
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                out_dtype=jnp.float32,
+            )
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """tokens: int32[B, T]. Returns: float[B, T, D]."""
+        return self.embed_tokens(tokens)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """hidden: float[..., D], after the final norm. Returns: float32[..., V]."""
+        if self.config.tie_word_embeddings:
+            return self.embed_tokens.attend(hidden).astype(jnp.float32)
+        return self.lm_head(hidden)
+
+    def __call__(
+        self,
+        tokens: jax.Array | None = None,
+        *,
+        embeds: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        cache: dict | None = None,
+        cache_index: jax.Array | None = None,
+        prefix: dict | None = None,
+        prefix_mask: jax.Array | None = None,
+        emit: tuple[str, ...] = (),
+    ):
+        """Logits of tokens: int32[B, T] or of embeds: float[B, T, D] (give one).
+
+        mask: bool[B, T]; positions: int32[B, T]; cache, cache_index, prefix, emit: see
+        Qwen2Stack; prefix_mask: bool[P, S]. To decode after ragged prompts: run them once
+        with emit=("kv",), then pass out["kv"] and their mask as prefix, positions counted
+        from each prompt's length, and a cache for the new tokens.
+        Returns: (float32[B, T, V], out) with out["hidden"] float[B, T, D] and Qwen2Stack's.
+        """
+        x = self.embed(tokens) if embeds is None else embeds.astype(self.dtype)
+        x = nn.with_logical_constraint(x, (axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_EMBED))
+        view = make_view(
+            self.config,
+            x,
+            mask=mask,
+            positions=positions,
+            cache=cache,
+            cache_index=cache_index,
+            prefix_mask=prefix_mask,
+        )
+        x, out = self.stack(x, view, cache=cache, cache_index=cache_index, prefix=prefix, emit=emit)
+        out["hidden"] = self.norm(x)
+        logits = self.logits(out["hidden"])
+        logits = nn.with_logical_constraint(logits, (axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_VOCAB))
+        return logits, out
+
+    def init_cache(self, rows: int, size: int) -> dict:
+        """Empty cache for `size` tokens of `rows` rows."""
+        return make_cache(self.config, self.config.num_hidden_layers, rows, size, self.dtype)
