@@ -1,0 +1,343 @@
+"""The judge: transcribe · name the style · name the tone · score, each stage stored in a ledger."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from paras2s_jax.audio import wave as wave_lib
+from paras2s_jax.data.records import DIMENSIONS, Query, Response, Verdict
+from paras2s_jax.judge.interfaces import (
+    Failure,
+    Heard,
+    Score,
+    Scorer,
+    Stage,
+    Transcriber,
+    Transcript,
+    WaveNamer,
+)
+from paras2s_jax.judge.ledger import Ledger, digest, file_digest, ledger_key
+
+Pair = tuple[Query, Path, Response, Path]
+
+# Waves held in memory at once, and rows lost at most when a run is cut off.
+WAVES_PER_CHUNK = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+    """A name that a stage gave a wave, with the probability of every name it may give."""
+
+    label: str
+    probs: Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Listener:
+    """A stage that hears single waves, in the form the chain runs and the ledger stores."""
+
+    stage: str
+    model: Stage
+    max_dur_s: float
+    run: Callable[[Sequence[np.ndarray]], list[dict[str, Any] | Failure]]
+    parse: Callable[[dict[str, Any]], Any]
+
+    def key(self, wav_hash: str) -> str:
+        return ledger_key(self.stage, wav_hash, self.model.model_id, self.model.settings)
+
+
+class Judge:
+    """Scores pairs of a spoken query and a spoken answer.
+
+    What a stage cannot do for one pair (a wav that is missing, empty, not finite, or too long; an
+    answer that the scorer cannot score) makes that verdict NaN, with the stage and the reason as
+    its status. Silence and noise are not failures: no words are heard in them, which scores 1.
+
+    Args:
+        transcriber: waves → words, for queries and answers.
+        style_analyzers: per dimension, query waves → style.
+        tone_namer: answer waves → tone of voice.
+        scorer: words and names → score.
+        ledger: where stage outputs are kept; a wav is heard once however often it is judged.
+        progress: shows a progress bar.
+    """
+
+    def __init__(
+        self,
+        transcriber: Transcriber,
+        style_analyzers: Mapping[str, WaveNamer],
+        tone_namer: WaveNamer,
+        scorer: Scorer,
+        ledger: Ledger,
+        *,
+        progress: bool = True,
+        waves_per_chunk: int = WAVES_PER_CHUNK,
+    ):
+        self._scorer = scorer
+        self._ledger = ledger
+        self._progress = progress
+        self._waves_per_chunk = waves_per_chunk
+        self._listeners = {
+            "transcribe": _transcribe_listener(transcriber),
+            "tone": _naming_listener("tone", tone_namer),
+        }
+        for dimension, analyzer in style_analyzers.items():
+            stage = _style_stage(dimension)
+            self._listeners[stage] = _naming_listener(stage, analyzer)
+        self.name = f"{scorer.name}-{scorer.version}-{digest(self.describe())[:12]}"
+
+    def describe(self) -> dict[str, Any]:
+        """Every stage's model and settings: what `name` stands for in a table."""
+        stages = {
+            stage: {"model": listener.model.model_id, "settings": dict(listener.model.settings)}
+            for stage, listener in self._listeners.items()
+        }
+        scorer = self._scorer
+        return {
+            **stages,
+            "score": {
+                "model": f"{scorer.name}-{scorer.version}",
+                "settings": {"hash": scorer.settings_hash},
+            },
+        }
+
+    def judge(self, pairs: Sequence[Pair], *, use_labels: bool = False) -> list[Verdict]:
+        """One verdict per pair, in order.
+
+        Args:
+            pairs: (query, its wav, response, its wav).
+            use_labels: take the query's style from its label instead of from the analyzer.
+        """
+        stages_in = [self._stages_in(query, use_labels) for query, *_ in pairs]
+        wanted: dict[tuple[Path, str], None] = {}  # An ordered set.
+        for (_, path_in, _, path_out), stages in zip(pairs, stages_in):
+            wanted.update(dict.fromkeys((path_in, stage) for stage in stages))
+            wanted.update(dict.fromkeys((path_out, stage) for stage in ("transcribe", "tone")))
+        outputs = self._listen(wanted)
+        findings = [
+            _Findings.gather(pair, stages, outputs) for pair, stages in zip(pairs, stages_in)
+        ]
+        scores = self._score([item.heard for item in findings if item.heard is not None])
+        return [
+            item.verdict(self.name, None if item.heard is None else scores[item.heard])
+            for item in findings
+        ]
+
+    def _stages_in(self, query: Query, use_labels: bool) -> tuple[str, ...]:
+        if use_labels or query.dimension not in DIMENSIONS:
+            return ("transcribe",)
+        stage = _style_stage(query.dimension)
+        if stage not in self._listeners:
+            raise ValueError(
+                f"the judge has no style analyzer for the dimension {query.dimension} of query "
+                f"{query.id}; train one (stage polytone) or judge with use_labels=True."
+            )
+        return ("transcribe", stage)
+
+    def _listen(self, wanted: Iterable[tuple[Path, str]]) -> dict[tuple[Path, str], Any]:
+        """wanted: (wav path, stage). Returns, for each, the stage's output, or a Failure."""
+        wanted = list(wanted)
+        hashes = {path: _hash_or_failure(path) for path, _ in wanted}
+        # Files with the same bytes are heard once, through the last of their paths.
+        path_of = {wav: path for path, wav in hashes.items() if not isinstance(wav, Failure)}
+        keys = {
+            (wav, stage): self._listeners[stage].key(wav)
+            for wav, stage in ((hashes[path], stage) for path, stage in wanted)
+            if not isinstance(wav, Failure)
+        }
+        results = self._ledger.get_many(keys.values())
+        todo: dict[Path, dict[str, str]] = {}
+        for (wav, stage), key in keys.items():
+            if key not in results:
+                todo.setdefault(path_of[wav], {})[stage] = key
+        results.update(self._hear(todo))
+        outputs = {}
+        for path, stage in wanted:
+            wav = hashes[path]
+            value = wav if isinstance(wav, Failure) else results[keys[wav, stage]]
+            parse = self._listeners[stage].parse
+            outputs[path, stage] = value if isinstance(value, Failure) else parse(value)
+        return outputs
+
+    def _hear(self, todo: Mapping[Path, Mapping[str, str]]) -> dict[str, Any]:
+        """Runs stages on waves, chunk by chunk. todo: path → stage → key. Returns key → output."""
+        results: dict[str, Any] = {}
+        paths = list(todo)
+        with tqdm(
+            total=len(paths), desc="judge: listen", unit="wav", disable=not self._progress
+        ) as bar:
+            for start in range(0, len(paths), self._waves_per_chunk):
+                chunk = paths[start : start + self._waves_per_chunk]
+                waves = {path: _load_or_failure(path) for path in chunk}
+                for stage, listener in self._listeners.items():
+                    batch = {
+                        todo[path][stage]: waves[path] for path in chunk if stage in todo[path]
+                    }
+                    results.update(self._run(listener, batch))
+                bar.update(len(chunk))
+        return results
+
+    def _run(
+        self, listener: _Listener, batch: Mapping[str, np.ndarray | Failure]
+    ) -> dict[str, Any]:
+        """Runs one stage on one chunk and stores what it found. batch: key → wave."""
+        results: dict[str, Any] = {}
+        if not batch:
+            return results
+        fit = {}
+        for key, wave in batch.items():
+            if isinstance(wave, Failure):
+                results[key] = wave
+            elif len(wave) > round(listener.max_dur_s * wave_lib.RATE_HZ):
+                dur_s = len(wave) / wave_lib.RATE_HZ
+                results[key] = Failure(
+                    f"too long: {dur_s:.1f} s, where {listener.max_dur_s:.1f} s is the most"
+                )
+            else:
+                fit[key] = wave
+        if fit:
+            results.update(zip(fit, listener.run(list(fit.values())), strict=True))
+        # Failures are not stored: a file may be repaired and a server may come back.
+        self._ledger.put_many(
+            listener.stage,
+            {key: value for key, value in results.items() if not isinstance(value, Failure)},
+        )
+        return results
+
+    def _score(self, heard: Sequence[Heard]) -> dict[Heard, Score | Failure]:
+        about = self.describe()["score"]
+        keys = {
+            item: ledger_key("score", dataclasses.asdict(item), about["model"], about["settings"])
+            for item in dict.fromkeys(heard)
+        }
+        stored = self._ledger.get_many(keys.values())
+        scores: dict[Heard, Score | Failure] = {
+            item: Score(**stored[key]) for item, key in keys.items() if key in stored
+        }
+        missing = [item for item in keys if item not in scores]
+        for start in range(0, len(missing), self._waves_per_chunk):
+            chunk = missing[start : start + self._waves_per_chunk]
+            answers = dict(zip(chunk, self._scorer.score(chunk), strict=True))
+            scores.update(answers)
+            self._ledger.put_many(
+                "score",
+                {
+                    keys[item]: dataclasses.asdict(answer)
+                    for item, answer in answers.items()
+                    if isinstance(answer, Score)
+                },
+            )
+        return scores
+
+
+@dataclasses.dataclass(frozen=True)
+class _Findings:
+    """What the listening stages found for one pair; `heard` is None where one of them failed."""
+
+    pair: Pair
+    style_source: str
+    outputs: Mapping[str, Any]
+    heard: Heard | None
+
+    @classmethod
+    def gather(
+        cls, pair: Pair, stages_in: Sequence[str], outputs: Mapping[tuple[Path, str], Any]
+    ) -> "_Findings":
+        query, path_in, _, path_out = pair
+        found = {
+            "transcribe query": outputs[path_in, "transcribe"],
+            "transcribe answer": outputs[path_out, "transcribe"],
+            "tone": outputs[path_out, "tone"],
+        }
+        if len(stages_in) > 1:
+            found["style"] = outputs[path_in, stages_in[1]]
+        heard = None
+        if not any(isinstance(value, Failure) for value in found.values()):
+            heard = Heard(
+                dimension=query.dimension,
+                transcript_in=found["transcribe query"].text,
+                style_in=found["style"].label if "style" in found else query.style,
+                transcript_out=found["transcribe answer"].text,
+                tone_out=found["tone"].label,
+            )
+        return cls(pair, "analyzer" if "style" in found else "label", found, heard)
+
+    def verdict(self, judge_name: str, score: Score | Failure | None) -> Verdict:
+        """The verdict; fields of failed stages stay empty, and the first failure is the status."""
+        query, _, response, _ = self.pair
+        found = self.outputs if score is None else {**self.outputs, "score": score}
+        failures = {stage: value for stage, value in found.items() if isinstance(value, Failure)}
+        status = next((f"{stage}: {value.reason}" for stage, value in failures.items()), "ok")
+        ok_score = score if isinstance(score, Score) else None
+        style = query.style if self.style_source == "label" else _text(self.outputs["style"])
+        return Verdict(
+            query_id=query.id,
+            system=response.system,
+            sample=response.sample,
+            score=math.nan if ok_score is None else ok_score.score,
+            status=status,
+            transcript_in=_text(self.outputs["transcribe query"]),
+            style_in=style,
+            style_source=self.style_source,
+            transcript_out=_text(self.outputs["transcribe answer"]),
+            tone_out=_text(self.outputs["tone"]),
+            content=None if ok_score is None else ok_score.content,
+            tone_fit=None if ok_score is None else ok_score.tone_fit,
+            judge=judge_name,
+            raw={stage: _raw(value) for stage, value in found.items()},
+        )
+
+
+def _style_stage(dimension: str) -> str:
+    return f"style {dimension}"
+
+
+def _text(output: Transcript | Named | Failure) -> str:
+    if isinstance(output, Failure):
+        return ""
+    return output.text if isinstance(output, Transcript) else output.label
+
+
+def _raw(output: Transcript | Named | Score | Failure) -> dict[str, Any]:
+    return dataclasses.asdict(output)
+
+
+def _transcribe_listener(transcriber: Transcriber) -> _Listener:
+    def run(waves: Sequence[np.ndarray]) -> list[dict[str, Any] | Failure]:
+        return [dataclasses.asdict(transcript) for transcript in transcriber.transcribe(waves)]
+
+    return _Listener(
+        "transcribe", transcriber, transcriber.max_dur_s, run, lambda values: Transcript(**values)
+    )
+
+
+def _naming_listener(stage: str, namer: WaveNamer) -> _Listener:
+    def run(waves: Sequence[np.ndarray]) -> list[dict[str, Any] | Failure]:
+        labels, probs = namer.name(waves)
+        return [
+            # Rounded so that the ledger stays readable; four digits are beyond the model's own.
+            {"label": label, "probs": {k: round(float(p), 4) for k, p in zip(namer.labels, row)}}
+            for label, row in zip(labels, probs, strict=True)
+        ]
+
+    return _Listener(stage, namer, namer.max_dur_s, run, lambda values: Named(**values))
+
+
+def _hash_or_failure(path: Path) -> str | Failure:
+    try:
+        return file_digest(path)
+    except OSError as error:
+        return Failure(f"unreadable wav {path}: {error.strerror}")
+
+
+def _load_or_failure(path: Path) -> np.ndarray | Failure:
+    """The wave, or a Failure for what AudioError covers: no audio, empty, cut off, not finite."""
+    try:
+        return wave_lib.load(path)
+    except wave_lib.AudioError as error:
+        return Failure(str(error))

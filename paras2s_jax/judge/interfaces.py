@@ -1,0 +1,99 @@
+"""What passes between the judge's stages, and what a stage must offer.
+
+Hearing and judging are kept apart (paper section 2): waveforms become words and names of style and
+tone, and only these are scored, so that words cannot make the judge "hear" a style.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """A stage could not answer for one item: the verdict becomes NaN with this reason.
+
+    `raw` keeps what the stage did return, for instance a reply that could not be parsed.
+    """
+
+    reason: str
+    raw: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Transcript:
+    """The words heard; "" if none. `mean_logp` is per token, before the no-speech decision."""
+
+    text: str
+    mean_logp: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Heard:
+    """All that a scorer may know of one (query, answer) pair."""
+
+    dimension: str
+    transcript_in: str
+    style_in: str
+    transcript_out: str
+    tone_out: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """A scorer's answer: `score` in 1..5, its parts in 0..1 where it has them, and a sentence."""
+
+    score: float
+    content: float | None
+    tone_fit: float | None
+    reason: str
+
+
+class Stage(Protocol):
+    """What every stage tells the ledger about itself."""
+
+    @property
+    def model_id(self) -> str:
+        """Changes whenever the weights or the version do."""
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """JSON values that change the output."""
+
+
+class Transcriber(Stage, Protocol):
+    """Waveforms → words."""
+
+    max_dur_s: float
+
+    def transcribe(self, waves: Sequence[np.ndarray]) -> list[Transcript]:
+        """waves: float32[L] each, at 16 kHz and at most max_dur_s long."""
+
+
+class WaveNamer(Stage, Protocol):
+    """Waveforms → one of a fixed list of names: the style of a query, the tone of an answer."""
+
+    labels: tuple[str, ...]
+    max_dur_s: float
+
+    def name(self, waves: Sequence[np.ndarray]) -> tuple[list[str], np.ndarray]:
+        """waves: float32[L] each. Returns: labels, and their probabilities float32[B, C]."""
+
+
+class Scorer(Protocol):
+    """Names and words → scores: the rubric here, or a language model behind the same interface.
+
+    `name`, `version` and `settings_hash` go into every table that quotes its scores.
+    """
+
+    name: str
+    version: str
+
+    @property
+    def settings_hash(self) -> str:
+        """Hash of everything else that changes a score (rubric, prompt, temperature)."""
+
+    def score(self, heard: Sequence[Heard]) -> list[Score | Failure]:
+        """One answer per item, in order; an item that cannot be scored is a Failure."""
