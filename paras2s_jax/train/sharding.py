@@ -1,0 +1,125 @@
+"""Device meshes, and where arrays live on them. Rules are data: logical axis -> mesh axis."""
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "tensor")
+# Rows of a batch are spread over both: fsdp is data parallelism that also spreads parameters.
+BATCH_AXES = ("data", "fsdp")
+
+Rules = Sequence[tuple[str, str | tuple[str, ...] | None]]
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Mesh with the axes data, fsdp and tensor; absent axes have size 1, one size may be -1.
+
+    A mesh smaller than the machine takes the first devices.
+    """
+    unknown = sorted(set(sizes) - set(MESH_AXES))
+    if unknown:
+        raise ValueError(f"unknown mesh axes {unknown}; known are {list(MESH_AXES)}")
+    devices = list(jax.devices() if devices is None else devices)
+    shape = [sizes.get(axis, 1) for axis in MESH_AXES]
+    if shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
+        raise ValueError(f"mesh sizes {dict(sizes)} must be positive, with at most one -1")
+    known = math.prod(size for size in shape if size != -1)
+    if -1 in shape and len(devices) % known:
+        raise ValueError(f"{len(devices)} devices do not fill a mesh of {dict(sizes)}")
+    shape = [len(devices) // known if size == -1 else size for size in shape]
+    if math.prod(shape) > len(devices):
+        raise ValueError(
+            f"mesh {dict(zip(MESH_AXES, shape, strict=True))} needs {math.prod(shape)} devices, "
+            f"but there are {len(devices)}; change `mesh` in the config"
+        )
+    return jax.make_mesh(
+        shape,
+        MESH_AXES,
+        axis_types=(AxisType.Auto,) * len(MESH_AXES),
+        devices=devices[: math.prod(shape)],
+    )
+
+
+@contextlib.contextmanager
+def activate(mesh: Mesh, rules: Rules) -> Iterator[None]:
+    """Gives logical constraints inside models their meaning while functions are traced."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
+        yield
+
+
+def logical_shardings(boxed: Any, mesh: Mesh, rules: Rules) -> Any:
+    """Shardings of abstract variables that may carry logical axis names.
+
+    A dimension that its mesh axis does not divide is replicated.
+    boxed: result of `jax.eval_shape(model.init, …)`. Returns: NamedShardings, unboxed tree.
+    """
+    specs = nn.logical_to_mesh(nn.get_partition_spec(boxed), rules)
+    return jax.tree.map(
+        lambda leaf, spec: NamedSharding(mesh, _divisible(leaf.shape, spec, mesh)),
+        unbox(boxed),
+        specs,
+    )
+
+
+def init_sharded(model: nn.Module, mesh: Mesh, rules: Rules, rng: jax.Array, *args, **kwargs):
+    """Initialises every variable directly where it lives; no device holds the whole model.
+
+    Returns: (variables, shardings), two plain trees of equal structure.
+    """
+
+    def init(rng, *args):
+        return model.init(rng, *args, **kwargs)
+
+    shardings = logical_shardings(jax.eval_shape(init, rng, *args), mesh, rules)
+    make = jax.jit(lambda rng, *args: unbox(init(rng, *args)), out_shardings=shardings)
+    return make(rng, *args), shardings
+
+
+def unbox(tree: Any) -> Any:
+    """Strips logical axis names from variables."""
+    is_box = lambda x: isinstance(x, nn.meta.AxisMetadata)  # noqa: E731
+    return jax.tree.map(lambda x: x.value if is_box(x) else x, tree, is_leaf=is_box)
+
+
+def replicate_rest(tree: Any) -> Any:
+    """Puts leaves that are on no mesh (step, counters) on the mesh of the others, replicated."""
+    named = [x.sharding for x in jax.tree.leaves(tree) if isinstance(x.sharding, NamedSharding)]
+    if not named:
+        return tree
+    whole = NamedSharding(named[0].mesh, PartitionSpec())
+    return jax.tree.map(
+        lambda x: x if isinstance(x.sharding, NamedSharding) else jax.device_put(x, whole), tree
+    )
+
+
+def shard_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
+    """Spreads the rows of a process's batch over data and fsdp. Returns global arrays."""
+    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+    def place(path, x):
+        x = np.asarray(x)
+        num_rows = x.shape[0] * jax.process_count() if x.ndim else 0
+        if num_rows % ways:
+            raise ValueError(
+                f"batch{jax.tree_util.keystr(path)}: {num_rows} rows do not divide over {ways} "
+                f"devices (data x fsdp); change batch_size or `mesh`"
+            )
+        spec = PartitionSpec(BATCH_AXES) if x.ndim else PartitionSpec()
+        return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), x)
+
+    return jax.tree_util.tree_map_with_path(place, dict(batch))
+
+
+def _divisible(shape: Sequence[int], spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
+    kept = []
+    for size, axes in zip(shape, spec, strict=False):
+        names = (axes,) if isinstance(axes, str) else tuple(axes or ())
+        ways = math.prod(mesh.shape[name] for name in names)
+        kept.append(axes if size % ways == 0 else None)
+    return PartitionSpec(*kept)
