@@ -21,27 +21,51 @@ def _adult(variant: str, gender: str, split: str) -> VoiceSpec:
     return VoiceSpec(f"en-us+{variant}", gender, "adult", split)
 
 
-# No voice is shared between the splits, so that a style is never told by a speaker seen before.
-# Median F0 at pitch 50: male 95-115 Hz, female 180-245 Hz.
+# No voice is shared between the splits: a style is never recognised by a known speaker. All have
+# espeak's usual tempo, so that the rate tells the style. Median F0 at pitch 50: male 90-115 Hz,
+# female 170-245 Hz.
 VOICES = {
     "adam": _adult("adam", "male", "train"),
     "miguel": _adult("m3", "male", "train"),
     "oscar": _adult("m7", "male", "train"),
     "pablo": _adult("pablo", "male", "train"),
     "victor": _adult("victor", "male", "train"),
+    "walter": _adult("m2", "male", "train"),
     "anna": _adult("f1", "female", "train"),
     "bella": _adult("f2", "female", "train"),
     "clara": _adult("f3", "female", "train"),
+    "annie": _adult("Annie", "female", "train"),
     "linda": _adult("linda", "female", "train"),
     "steph": _adult("steph", "female", "train"),
-    "antonio": _adult("antonio", "male", "test"),
     "marcus": _adult("m5", "male", "test"),
-    "annie": _adult("Annie", "female", "test"),
-    "fiona": _adult("f5", "female", "test"),
+    "sandro": _adult("sandro", "male", "test"),
+    "belinda": _adult("belinda", "female", "test"),
+    "shelby": _adult("shelby", "female", "test"),
 }
 
 # The assistant's own voice: no user has it.
 ASSISTANT_VOICE = VoiceSpec("en-us+f4", "female", "adult", "assistant")
+
+# For synthesizers that know no espeak voices: `Delivery.voice` -> voice of OpenAI's speech API.
+OPENAI_VOICES = {
+    "en-us+adam": "ash",
+    "en-us+m3": "echo",
+    "en-us+m7": "onyx",
+    "en-us+pablo": "verse",
+    "en-us+victor": "ash",
+    "en-us+m2": "echo",
+    "en-us+f1": "coral",
+    "en-us+f2": "nova",
+    "en-us+f3": "sage",
+    "en-us+Annie": "coral",
+    "en-us+linda": "nova",
+    "en-us+steph": "sage",
+    "en-us+m5": "ballad",
+    "en-us+sandro": "fable",
+    "en-us+belinda": "shimmer",
+    "en-us+shelby": "marin",
+    "en-us+f4": "alloy",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,32 +85,37 @@ _NEUTRAL = Prosody(220, 50, 50, 100, instructions="Speak in a plain, even, every
 QUERY_STYLES = {
     "neutral": _NEUTRAL,
     "surprised": Prosody(
-        265, 80, 95, 155, instructions="Sound astonished: fast, high and loud, with wide swings."
+        275, 82, 95, 165, instructions="Sound astonished: fast, high and loud, with wide swings."
     ),
     "sad": Prosody(
-        165, 20, 12, 50, instructions="Sound sad: slow, low and quiet, almost without melody."
+        155, 18, 10, 45, instructions="Sound sad: slow, low and quiet, almost without melody."
     ),
     "sincere": Prosody(
-        235, 62, 60, 110, instructions="Sound sincerely pleased: lively, warm and natural."
+        245, 65, 55, 125, instructions="Sound sincerely pleased: lively, warm and natural."
     ),
     "sarcastic": Prosody(
-        160, 28, 99, 85, instructions="Sound sarcastic: drawn out, low, with exaggerated melody."
+        150, 22, 99, 75, instructions="Sound sarcastic: drawn out, low, with exaggerated melody."
     ),
     "child": Prosody(
-        220, 72, 65, 105, 1.3, instructions="Sound like a small child of about six years."
+        220, 66, 65, 105, 1.28, instructions="Sound like a small child of about six years."
     ),
     "adult": dataclasses.replace(_NEUTRAL, instructions="Sound like an adult, in a plain voice."),
     "male": dataclasses.replace(_NEUTRAL, instructions="Sound like a man, in a plain voice."),
     "female": dataclasses.replace(_NEUTRAL, instructions="Sound like a woman, in a plain voice."),
 }
 
+# A man's vocal tract and pitch are further from a child's (F0 about 230 Hz) than a woman's.
+_MALE_VOICE = {
+    "child": dataclasses.replace(QUERY_STYLES["child"], pitch=95, tract_scale=1.36),
+}
+
 ASSISTANT_TONES = {
-    "flat": Prosody(215, 45, 3, 85, instructions="Speak in a flat voice without any feeling."),
-    "excited": Prosody(260, 80, 95, 150, instructions="Speak with excitement: fast, high, loud."),
-    "gentle": Prosody(180, 42, 35, 45, instructions="Speak gently: slow, soft and comforting."),
-    "wry": Prosody(185, 18, 95, 90, instructions="Speak in a dry, knowing, ironic voice."),
-    "playful": Prosody(215, 92, 65, 95, instructions="Speak playfully, as to a small child."),
-    "formal": Prosody(195, 28, 25, 120, instructions="Speak formally: measured, low and firm."),
+    "flat": Prosody(220, 45, 3, 80, instructions="Speak in a flat voice without any feeling."),
+    "excited": Prosody(270, 82, 95, 160, instructions="Speak with excitement: fast, high, loud."),
+    "gentle": Prosody(175, 58, 30, 40, instructions="Speak gently: slow, soft and comforting."),
+    "wry": Prosody(165, 20, 96, 75, instructions="Speak in a dry, knowing, ironic voice."),
+    "playful": Prosody(225, 95, 60, 100, instructions="Speak playfully, as to a small child."),
+    "formal": Prosody(200, 12, 15, 140, instructions="Speak formally: measured, low and firm."),
 }
 TONES = tuple(ASSISTANT_TONES)
 
@@ -100,7 +129,10 @@ def delivery(voice_name: str, style: str, rng: np.random.Generator) -> Delivery:
     voice = VOICES[voice_name]
     if style in ("male", "female") and style != voice.gender:
         raise ValueError(f"voice {voice_name!r} is {voice.gender} and cannot speak as {style!r}")
-    return _jittered(voice, QUERY_STYLES[style], rng)
+    prosody = QUERY_STYLES[style]
+    if voice.gender == "male":
+        prosody = _MALE_VOICE.get(style, prosody)
+    return _jittered(voice, prosody, rng)
 
 
 def tone_delivery(tone: str, rng: np.random.Generator) -> Delivery:

@@ -7,6 +7,7 @@ import functools
 import os
 import pathlib
 import threading
+from collections.abc import Mapping
 from typing import Protocol
 
 import espeakng_loader
@@ -173,3 +174,80 @@ def _espeak(text: str, delivery: Delivery, rate_wpm: int, rate_hz: int) -> np.nd
             del library
             _ctypes.dlclose(handle)
     return np.concatenate(chunks) if chunks else np.zeros(0, np.int16)
+
+
+class OpenAISpeechSynthesizer:
+    """Any server of OpenAI's speech API (hosted, vLLM-Omni, Kokoro, …).
+
+    Only the voice and the instructions of a delivery are sent: such models follow words, not
+    numbers. Failed requests (429, 5xx, connection) are repeated with growing pauses.
+    """
+
+    rate_hz = 24_000
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        base_url: str | None = None,
+        api_key_env: str | None = "OPENAI_API_KEY",
+        voices: Mapping[str, str] | None = None,
+        max_retries: int = 6,
+        timeout_s: float = 60.0,
+    ):
+        """Makes the client; sends nothing.
+
+        Args:
+          model: name of the speech model on the server.
+          base_url: for example http://localhost:8000/v1; None for OpenAI's own.
+          api_key_env: environment variable that holds the key; None for a server without keys.
+          voices: `Delivery.voice` -> voice on the server; others are passed as they are.
+          max_retries: further attempts after the first.
+          timeout_s: limit of one attempt.
+        """
+        import openai  # Takes a second, which workers that only use espeak need not wait.
+
+        self.name = f"openai:{model}"
+        self._model = model
+        self._server = base_url or "OpenAI"
+        self._voices = dict(voices or {})
+        self._key = "none" if api_key_env is None else os.environ.get(api_key_env, "")
+        if not self._key:
+            raise AudioError(f"speech server {self._server}: set its key in ${api_key_env}")
+        self._error = openai.OpenAIError
+        self._client = openai.OpenAI(
+            api_key=self._key, base_url=base_url, max_retries=max_retries, timeout=timeout_s
+        )
+
+    def speak(self, text: str, delivery: Delivery) -> np.ndarray:
+        """Returns: float32[L] at 24 kHz."""
+        if not text.strip():
+            raise AudioError("there is nothing to say in an empty text")
+        manner = {"instructions": delivery.instructions} if delivery.instructions else {}
+        try:
+            response = self._client.audio.speech.create(
+                model=self._model,
+                voice=self._voices.get(delivery.voice, delivery.voice),
+                input=text,
+                response_format="wav",
+                **manner,
+            )
+        except self._error as error:
+            # Servers may echo the key; the original exception would show it in a traceback.
+            reason = str(error).replace(self._key, "***")
+            raise AudioError(f"speech server {self._server}: {reason}") from None
+        wave = wave_lib.decode(
+            response.content, f"answer of speech server {self._server}", self.rate_hz
+        )
+        wave = trim_silence(wave, self.rate_hz)
+        if not wave.size:
+            raise AudioError(f"speech server {self._server}: returned silence for {text!r}")
+        return wave * min(1.0, _PEAK / float(np.max(np.abs(wave))))
+
+
+def make_synthesizer(name: str, **kwargs) -> Synthesizer:
+    """Makes "espeak", or "openai" with the arguments of OpenAISpeechSynthesizer."""
+    makers = {"espeak": EspeakSynthesizer, "openai": OpenAISpeechSynthesizer}
+    if name not in makers:
+        raise AudioError(f"unknown synthesizer {name!r}; known: {', '.join(makers)}")
+    return makers[name](**kwargs)
