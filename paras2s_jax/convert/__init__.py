@@ -1,0 +1,1 @@
+"""Checkpoint conversion: one table per model family, applied by rules.py."""
