@@ -105,6 +105,7 @@ def generate(
             cache_index=loop.step,
             prefix=prefix,
             prefix_mask=prompt.mask,
+            stepwise=True,
             method="hidden",
         )
         audio_logits = model.apply(variables, audio_hidden[:, 0], method="audio_logits")
@@ -291,6 +292,7 @@ def stream_logp(
         positions=positions,
         prefix=prefix,
         prefix_mask=prompt.mask,
+        stepwise=True,
         method="hidden",
     )
     out = {}

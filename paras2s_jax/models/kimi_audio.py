@@ -100,12 +100,15 @@ class KimiAudio(nn.Module):
         """features: float[..., Fin]. Returns: float[..., D]."""
         return self.adaptor(features)
 
-    def embed(self, audio_ids, text_ids, features=None, continuous_mask=None) -> jax.Array:
+    def embed(
+        self, audio_ids, text_ids, features=None, continuous_mask=None, stepwise=False
+    ) -> jax.Array:
         """Sum of both streams' embeddings and, where continuous, of the adapted features.
 
         (audio + adapted) * sqrt(2) + text at continuous positions, audio + text elsewhere
-        (modeling_moonshot_kimia.py, forward). Unlike the reference, which leaves the text
-        stream out of a call whose text ids sum to 0, the text is always added.
+        (modeling_moonshot_kimia.py, forward). The reference leaves the text out of a call
+        whose text ids sum to 0, so a decoding step adds nothing for text id 0: stepwise=True
+        gives each position that treatment. Longer calls always have a blank, whose id is not 0.
         """
         x = self.embed_tokens(audio_ids)
         if features is None and self.is_initializing():
@@ -114,7 +117,10 @@ class KimiAudio(nn.Module):
         if features is not None:
             heard = (x + self.adaptor(features)) * 2**0.5
             x = jnp.where(continuous_mask[..., None], heard, x).astype(self.dtype)
-        return x + self.embed_tokens(text_ids)
+        text = self.embed_tokens(text_ids)
+        if stepwise:
+            text = jnp.where((text_ids == 0)[..., None], 0, text)
+        return x + text
 
     def hidden(
         self,
@@ -130,12 +136,13 @@ class KimiAudio(nn.Module):
         prefix: dict | None = None,
         prefix_mask: jax.Array | None = None,
         emit: tuple[str, ...] = (),
+        stepwise: bool = False,
     ):
         """Everything but the heads; arguments as in __call__.
 
         Returns: ((audio float[B, T, D], text float[B, T, D]) after the final norms, out).
         """
-        embeds = self.embed(audio_ids, text_ids, features, continuous_mask)
+        embeds = self.embed(audio_ids, text_ids, features, continuous_mask, stepwise)
         embeds = nn.with_logical_constraint(embeds, (axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_EMBED))
         view = make_view(
             self.config.decoder,
@@ -184,7 +191,8 @@ class KimiAudio(nn.Module):
         of real tokens; positions int32[B, T] (default arange, padding included);
         cache {stack: {"k", "v"}} (init_cache) with cache_index int32[], the slots filled;
         prefix (an earlier out["kv"]) of P rows with prefix_mask bool[P, S], where row p
-        serves the B // P rows from p * (B // P); emit: see Qwen2Stack.
+        serves the B // P rows from p * (B // P); emit: see Qwen2Stack; stepwise: see embed,
+        True for the tokens of an answer, which the generate loop feeds one at a time.
         Returns: ((audio_logits, text_logits) float32[B, T, V], out); out holds
         inputs_embeds, branch_hidden, audio_final, text_final: float[B, T, D] and, if asked
         for, cache, kv, input: {stack: …}.
