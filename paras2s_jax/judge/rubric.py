@@ -5,6 +5,7 @@ almost right gets part of the credit, so that a garbled answer lies between a cl
 """
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from rapidfuzz.distance import Levenshtein
 
@@ -20,6 +21,14 @@ MIN_CREDIT = 0.5
 _NEGATING_PREFIXES = ("un", "in", "im", "dis", "non")
 
 Acts = Sequence[Sequence[str]]
+
+
+class Found(NamedTuple):
+    """Credits in 0..1: for the acts of the right style, against it, and for mere politeness."""
+
+    own: float
+    against: float
+    bland: float
 
 
 def cue_credit(cue: str, words: Sequence[str]) -> float:
@@ -55,21 +64,22 @@ def without_shared_cues(acts: Acts, own: Acts) -> list[list[str]]:
     return [act for act in kept if act]
 
 
-def content_fit(text: str, acts: Acts, contrasts: Iterable[Acts]) -> tuple[float, float]:
-    """Credit for the acts of the right style, and against the other styles of the dimension.
+def find(text: str, acts: Acts, contrasts: Iterable[Acts], bland: Sequence[str] = ()) -> Found:
+    """Looks for cues in a transcript, which is otherwise never interpreted.
 
     Args:
-        text: the transcript; it is searched for cues and otherwise never interpreted.
+        text: the transcript.
         acts: what a fitting answer does: per act, alternative cue phrases.
-        contrasts: acts of each other style.
-
-    Returns:
-        (own, against), both in 0..1; the content score is max(0, own - against).
+        contrasts: the acts of each other style.
+        bland: cues of an answer that suits any style.
     """
     words = normalize(text).split()
-    own = acts_credit(acts, words)
-    against = [acts_credit(without_shared_cues(other, acts), words) for other in contrasts]
-    return own, max(against, default=0.0)
+    against = (acts_credit(without_shared_cues(other, acts), words) for other in contrasts)
+    return Found(
+        own=acts_credit(acts, words),
+        against=max(against, default=0.0),
+        bland=max((cue_credit(cue, words) for cue in bland), default=0.0),
+    )
 
 
 def _window_credit(cue: str, window: str) -> float:

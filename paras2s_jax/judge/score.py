@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+from paras2s_jax.data.bank import Rubric
 from paras2s_jax.judge import rubric as rubric_lib
 from paras2s_jax.judge.interfaces import Failure, Heard, Score
 from paras2s_jax.judge.ledger import digest
@@ -18,32 +19,23 @@ TONE_SHARE = 0.35
 SPEECH_SHARE = 0.10
 TONE_WITHOUT_CONTENT = 0.3
 
-
-@dataclasses.dataclass(frozen=True)
-class StyleRubric:
-    """What an answer to one style of one dimension must do.
-
-    `must` says it in a sentence; `acts` lists, per act, alternative cue phrases; `tones` gives the
-    fit in 0..1 of each tone of voice, and a tone that it does not name does not fit.
-    """
-
-    must: str
-    acts: tuple[tuple[str, ...], ...]
-    tones: Mapping[str, float]
+# Content of a polite answer that suits any style: more than wrong words, less than one act of two.
+BLAND_CONTENT = 0.35
 
 
 class RubricScorer:
     """Scores by cue phrases and a table of tones; pure and deterministic.
 
     The transcript is data: it is searched for the rubric's cues and never read as an instruction,
-    so an answer that asks for a good score gets what its other words deserve.
+    so an answer that asks for a good score gets what its other words deserve. A tone that the
+    rubric does not name does not fit.
     """
 
     name = "rubric"
     # Goes up whenever the formula or the matching changes a score.
     version = "1"
 
-    def __init__(self, rubric: Mapping[tuple[str, str], StyleRubric]):
+    def __init__(self, rubric: Mapping[tuple[str, str], Rubric]):
         for key, entry in rubric.items():
             _check_entry(key, entry)
         self._rubric = dict(rubric)
@@ -60,11 +52,10 @@ class RubricScorer:
     @property
     def settings_hash(self) -> str:
         """Hash of the rubric's contents and the formula's shares."""
-        shares = [CONTENT_SHARE, TONE_SHARE, SPEECH_SHARE, TONE_WITHOUT_CONTENT]
-        entries = sorted(
-            [*key, entry.must, entry.acts, dict(entry.tones)] for key, entry in self._rubric.items()
-        )
-        return digest([shares, rubric_lib.MIN_SIMILARITY, rubric_lib.MIN_CREDIT, entries])
+        formula = [CONTENT_SHARE, TONE_SHARE, SPEECH_SHARE, TONE_WITHOUT_CONTENT, BLAND_CONTENT]
+        matching = [rubric_lib.MIN_SIMILARITY, rubric_lib.MIN_CREDIT]
+        entries = sorted([*key, dataclasses.asdict(entry)] for key, entry in self._rubric.items())
+        return digest([formula, matching, entries])
 
     def score(self, heard: Sequence[Heard]) -> list[Score | Failure]:
         """One Score per item; a style without a rubric is a Failure."""
@@ -77,16 +68,16 @@ class RubricScorer:
             return Failure(f"the rubric has no entry for {heard.dimension}/{heard.style_in}")
         if not rubric_lib.normalize(heard.transcript_out):
             return Score(SCORE_MIN, 0.0, 0.0, "no speech")
-        own, against = rubric_lib.content_fit(
-            heard.transcript_out, entry.acts, self._contrasts[key]
-        )
-        content = max(0.0, own - against)
+        found = rubric_lib.find(heard.transcript_out, entry.acts, self._contrasts[key], entry.bland)
+        # Words that suit another style are no harmless politeness.
+        floor = 0.0 if found.against else BLAND_CONTENT * found.bland
+        content = max(floor, found.own - found.against)
         tone_fit = float(entry.tones.get(heard.tone_out, 0.0))
         return Score(
             score=total(content, tone_fit),
             content=content,
             tone_fit=tone_fit,
-            reason=_reason(heard, entry, own, against, tone_fit),
+            reason=_reason(heard, entry, found, tone_fit),
         )
 
 
@@ -97,14 +88,19 @@ def total(content: float, tone_fit: float) -> float:
     return SCORE_MIN + (SCORE_MAX - SCORE_MIN) * share
 
 
-def _reason(heard: Heard, entry: StyleRubric, own: float, against: float, tone_fit: float) -> str:
-    words = f"the words do {own:.0%} of what a {heard.style_in} speaker needs ({entry.must})"
-    if against:
-        words += f", and {against:.0%} of what suits another style"
+def _reason(heard: Heard, entry: Rubric, found: rubric_lib.Found, tone_fit: float) -> str:
+    words = (
+        f"the words do {found.own:.0%} of what a {heard.style_in} speaker needs "
+        f"({entry.requirement.rstrip('.')})"
+    )
+    if found.against:
+        words += f" and {found.against:.0%} of what suits another style"
+    elif found.bland and not found.own:
+        words += " but are polite"
     return f"{words}; a {heard.tone_out} tone fits {tone_fit:.0%}"
 
 
-def _check_entry(key: tuple[str, str], entry: StyleRubric) -> None:
+def _check_entry(key: tuple[str, str], entry: Rubric) -> None:
     where = "/".join(key)
     if not entry.acts or not all(entry.acts):
         raise ValueError(f"rubric {where}: every entry needs acts, and every act a cue phrase.")

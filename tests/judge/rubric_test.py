@@ -47,12 +47,21 @@ def test_acts_are_averaged_over_their_best_cue():
 
 
 def test_shared_cues_count_for_and_never_against():
-    own, against = rubric.content_fit("so sorry, I am here for you", SORRY, [GREAT])
-    assert (own, against) == (1.0, 0.0)
+    found = rubric.find("so sorry, I am here for you", SORRY, [GREAT])
+    assert found == (1.0, 0.0, 0.0)
     # Without its shared cue, GREAT asks for both of its acts.
-    own, against = rubric.content_fit("So sorry! Congratulations, tell me more.", SORRY, [GREAT])
-    assert (own, against) == (0.5, 1.0)
+    found = rubric.find("So sorry! Congratulations, tell me more.", SORRY, [GREAT])
+    assert found == (0.5, 1.0, 0.0)
+
+
+def test_worst_contrast_counts():
+    found = rubric.find("Congratulations!", SORRY, [[["never said"]], GREAT])
+    assert found == (0.0, 0.5, 0.0)
+
+
+def test_bland_is_its_best_cue():
+    assert rubric.find("I see, all right.", SORRY, [GREAT], ("okay", "i see")).bland == 1.0
 
 
 def test_no_words_no_credit():
-    assert rubric.content_fit("  ...  ", SORRY, [GREAT]) == (0.0, 0.0)
+    assert rubric.find("  ...  ", SORRY, [GREAT], ("i see",)) == (0.0, 0.0, 0.0)
