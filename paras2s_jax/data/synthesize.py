@@ -1,0 +1,398 @@
+"""The text bank -> speech: every jsonl + wav file that the later stages read.
+
+Plans are pure: each `plan_*` function lists clips (a record, its words, a delivery) from the bank
+and a seed, and every clip draws from a generator of its own, seeded by (seed, clip id), so that a
+clip does not depend on which others are made. `speak` then makes those that are missing.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import hashlib
+import json
+import multiprocessing
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tqdm
+
+from paras2s_jax.audio import styles, synth, wave
+from paras2s_jax.data import records
+from paras2s_jax.data.bank import Bank, load_bank
+from paras2s_jax.data.records import DIMENSIONS, PolytoneClip, Query, Response, SpeechClip
+
+_CHUNK = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """How much to speak.
+
+    train_voices, test_voices: per sentence and style, also per neutral dialogue.
+    polytone_texts, polytone_voices: per attribute, each text in both styles by each voice.
+    plain_takes, contrary_takes: takes of each leading train / test text.
+    answer_takes: train takes of each answer in each tone; one more is for testing.
+    tone_texts: train texts spoken in all tones; a third as many test texts.
+    """
+
+    train_voices: int = 4
+    test_voices: int = 2
+    polytone_texts: int = 60
+    polytone_voices: int = 4
+    plain_takes: int = 12
+    contrary_takes: int = 8
+    answer_takes: int = 3
+    tone_texts: int = 180
+
+
+class Clip(NamedTuple):
+    """A clip to be: a record that still lacks `wav` and `dur_s`, and how to speak it."""
+
+    row: Any
+    folder: str
+    name: str
+    text: str
+    delivery: synth.Delivery
+
+
+def rng_of(seed: int, *names: str) -> np.random.Generator:
+    """A generator that depends on the seed and the names alone, on every machine."""
+    key = "/".join([str(seed), *names]).encode()
+    return np.random.default_rng(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest()))
+
+
+def voices_for(
+    style: str, split: str, num_voices: int | None, rng: np.random.Generator
+) -> list[str]:
+    """Distinct voices of the split (None: all), men and women in turn.
+
+    A gender style fixes the gender; other styles get the same voices from the same generator.
+    """
+    by_gender = {"male": [], "female": []}
+    for name, voice in styles.VOICES.items():
+        if voice.split == split and (style not in by_gender or style == voice.gender):
+            by_gender[voice.gender].append(name)
+    men, women = (rng.permutation(names).tolist() for names in by_gender.values())
+    first, second = (men, women) if rng.integers(2) else (women, men)
+    in_turn = [name for pair in zip(first, second) for name in pair]
+    in_turn += first[len(second) :] + second[len(first) :]
+    if num_voices is not None and num_voices > len(in_turn):
+        raise ValueError(
+            f"{num_voices} {split} voices asked for style '{style}', audio/styles.py has "
+            f"{len(in_turn)}; ask for fewer."
+        )
+    return in_turn[:num_voices]
+
+
+def plan_queries(bank: Bank, seed: int, sizes: Sizes) -> list[Clip]:
+    """Every sentence in both styles; the two share their voices unless they are genders."""
+    clips = []
+    for sentence in bank.sentences:
+        num_voices = sizes.train_voices if sentence.split == "train" else sizes.test_voices
+        for style in (sentence.style_a, sentence.style_b):
+            rng = rng_of(seed, "voices", sentence.id)
+            for voice in voices_for(style, sentence.split, num_voices, rng):
+                row = Query(
+                    id=f"{sentence.id}-{style}-{voice}",
+                    sentence_id=sentence.id,
+                    dimension=sentence.dimension,
+                    text=sentence.text,
+                    style=style,
+                    contrast=sentence.contrast(style),
+                    topic=sentence.topic,
+                    split=sentence.split,
+                    voice=voice,
+                    wav="",
+                    dur_s=0.0,
+                )
+                clips.append(_query_clip(row, seed))
+    return clips
+
+
+def plan_neutral(bank: Bank, seed: int, sizes: Sizes) -> tuple[list[Clip], list[Clip]]:
+    """Neutral dialogues. Returns: (queries, their flat answers by the assistant)."""
+    queries, answers = [], []
+    for dialogue in bank.dialogues:
+        num_voices = sizes.train_voices if dialogue.split == "train" else sizes.test_voices
+        rng = rng_of(seed, "voices", dialogue.id)
+        for voice in voices_for("neutral", dialogue.split, num_voices, rng):
+            row = Query(
+                id=f"{dialogue.id}-{voice}",
+                sentence_id=dialogue.id,
+                dimension="neutral",
+                text=dialogue.text,
+                style="neutral",
+                contrast="neutral",
+                topic=dialogue.topic,
+                split=dialogue.split,
+                voice=voice,
+                wav="",
+                dur_s=0.0,
+            )
+            queries.append(_query_clip(row, seed))
+            answers.append(
+                _answer_clip(row, "bland", "neutral_answers", dialogue.answer, "flat", seed)
+            )
+    return queries, answers
+
+
+def plan_answers(
+    bank: Bank, queries: Iterable[Query], system: str, folder: str, seed: int
+) -> list[Clip]:
+    """One answer per query, drawn from the bank: fitting in its tone, or for "bland" tone-deaf."""
+    clips = []
+    for query in queries:
+        key = query.dimension, "neutral" if system == "bland" else query.style
+        text = rng_of(seed, folder, query.id, "text").choice(bank.answers[key]).item()
+        clips.append(_answer_clip(query, system, folder, text, bank.tones[key], seed))
+    return clips
+
+
+def plan_polytone(bank: Bank, seed: int, sizes: Sizes) -> list[Clip]:
+    """Clips for the analyzers: PolyTone train, plain train and contradicting test sets.
+
+    All sets hold both labels equally often (paper section 2: the words must tell nothing).
+    """
+    clips = []
+    for attribute in DIMENSIONS:
+        labels = bank.styles(attribute)
+        neutral = bank.of("train")
+        order = rng_of(seed, "polytone", attribute).permutation(len(neutral))
+        for index in order[: sizes.polytone_texts]:
+            text, text_id = neutral[index].text, neutral[index].id
+            for label in labels:
+                takes = _takes(label, "train", sizes.polytone_voices, seed, attribute, text_id)
+                clips += [
+                    _polytone_clip(attribute, label, "polytone", text, text_id, take, seed)
+                    for take in takes
+                ]
+        for label in labels:
+            (contrary,) = set(labels) - {label}
+            for kind, value, split, num_takes in (
+                ("plain", label, "train", sizes.plain_takes),
+                ("test", contrary, "test", sizes.contrary_takes),
+            ):
+                for leading in bank.leading_of(attribute, value, split):
+                    for take in _takes(label, split, num_takes, seed, attribute, leading.id):
+                        text, text_id = leading.text, leading.id
+                        clips.append(
+                            _polytone_clip(attribute, label, kind, text, text_id, take, seed)
+                        )
+    return clips
+
+
+def plan_speech(bank: Bank, seed: int, sizes: Sizes) -> list[Clip]:
+    """The assistant's voice: the answers, and texts of the users, each in every tone."""
+    clips = []
+    answers = [text for texts in bank.answers.values() for text in texts]
+    answers += dict.fromkeys(dialogue.answer for dialogue in bank.dialogues)
+    for index, text in enumerate(answers):
+        for tone in styles.TONES:
+            for take in range(sizes.answer_takes + 1):
+                split = "test" if take == sizes.answer_takes else "train"
+                name = f"answer-{index:02d}-{tone}-{take}"
+                clips.append(_speech_clip(name, text, split, "answer", tone, seed))
+    for split, num_texts in (("train", sizes.tone_texts), ("test", sizes.tone_texts // 3)):
+        sentences = bank.of(split)
+        order = rng_of(seed, "tones", split).permutation(len(sentences))
+        for index in order[:num_texts]:
+            for tone in styles.TONES:
+                name = f"tone-{sentences[index].id}-{tone}"
+                clips.append(_speech_clip(name, sentences[index].text, split, "tone", tone, seed))
+    return clips
+
+
+def select_demonstrations(queries: Sequence[Query], n: int, seed: int) -> list[Query]:
+    """Picks n queries, even over styles, then over sentences; a larger n keeps all of a smaller.
+
+    The order of `queries` does not matter.
+    """
+    if not 0 <= n <= len(queries):
+        raise ValueError(f"{n} demonstrations asked for, there are {len(queries)} queries.")
+    ranked = sorted(queries, key=lambda query: rng_of(seed, "select", query.id).random())
+    ranked = _in_turn(ranked, lambda query: (query.sentence_id, query.style))
+    return _in_turn(ranked, lambda query: (query.dimension, query.style))[:n]
+
+
+def run(
+    out_dir: str | Path,
+    *,
+    bank: Bank | None = None,
+    seed: int = 0,
+    num_workers: int = 2,
+    sizes: Sizes = Sizes(),
+    synthesizer: str = "espeak",
+    synthesizer_options: dict | None = None,
+    progress: bool = True,
+) -> dict[str, float]:
+    """Writes all jsonl files and wavs under `out_dir`; what is there already is kept.
+
+    Args:
+        bank: the texts; None for the bank of the package.
+        synthesizer, synthesizer_options: for `synth.make_synthesizer`.
+
+    Returns: figures "<file>/clips" and "<file>/minutes", "total/…", and "made/clips" (new wavs).
+    """
+    out_dir = Path(out_dir)
+    bank = bank or load_bank()
+    plans = {"queries": plan_queries(bank, seed, sizes)}
+    queries = [clip.row for clip in plans["queries"]]
+    train = [query for query in queries if query.split == "train"]
+    test = [query for query in queries if query.split == "test"]
+    plans["demonstrations"] = plan_answers(bank, train, "demonstration", "demonstrations", seed)
+    plans["bland"] = plan_answers(bank, train, "bland", "bland", seed)
+    plans["topline"] = plan_answers(bank, test, "topline", "topline", seed)
+    plans["neutral"], plans["neutral_answers"] = plan_neutral(bank, seed, sizes)
+    plans["polytone"] = plan_polytone(bank, seed, sizes)
+    plans["speech"] = plan_speech(bank, seed, sizes)
+
+    everything = [clip for clips in plans.values() for clip in clips]
+    maker = synthesizer, json.dumps(synthesizer_options or {}, sort_keys=True)
+    rows, num_made = speak(everything, out_dir, maker, num_workers=num_workers, progress=progress)
+    figures = {"total/clips": len(rows), "made/clips": num_made}
+    figures["total/minutes"] = round(sum(row.dur_s for row in rows) / 60, 2)
+    rows = iter(rows)
+    files = {name: [next(rows) for _ in clips] for name, clips in plans.items()}
+    files["speech"] = _transcribed(files) + files["speech"]
+    for name, part in files.items():
+        records.write_jsonl(out_dir / f"{name}.jsonl", part)
+        figures[f"{name}/clips"] = len(part)
+        figures[f"{name}/minutes"] = round(sum(row.dur_s for row in part) / 60, 2)
+    return figures
+
+
+def speak(
+    clips: Sequence[Clip],
+    out_dir: Path,
+    maker: tuple[str, str] = ("espeak", "{}"),
+    *,
+    num_workers: int = 1,
+    progress: bool = False,
+) -> tuple[list, int]:
+    """Makes the clips' wavs (16 kHz PCM16) where missing or damaged, in parallel.
+
+    Args:
+        maker: name and options (a JSON object) for `synth.make_synthesizer`.
+
+    Returns: (records with `wav` and `dur_s`, in the clips' order; number of wavs made).
+    """
+    work = functools.partial(_speak_chunk, Path(out_dir), maker)
+    chunks = [clips[at : at + _CHUNK] for at in range(0, len(clips), _CHUNK)]
+    rows, num_made = [], 0
+    with tqdm.tqdm(total=len(clips), desc="synthesize", unit="clip", disable=not progress) as bar:
+        for part, made in _parallel(work, chunks, num_workers):
+            rows += part
+            num_made += made
+            bar.update(len(part))
+    return rows, num_made
+
+
+def _parallel(work: Callable, chunks: Sequence, num_workers: int) -> Iterator:
+    """Results of work(chunk) in order."""
+    if num_workers <= 1:
+        yield from map(work, chunks)
+        return
+    # Spawned, because a fork of a process that runs JAX or TensorFlow threads can hang.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(num_workers, context) as executor:
+        yield from executor.map(work, chunks)
+
+
+def _speak_chunk(out_dir: Path, maker: tuple[str, str], clips: Sequence[Clip]) -> tuple:
+    """Returns: (records of the chunk, number of wavs made)."""
+    rows, num_made = [], 0
+    for clip in clips:
+        # The name holds a digest of all that shapes the sound: a wav of an earlier bank, seed or
+        # style table is never taken for the one wanted now.
+        spoken = repr((maker, clip.text, dataclasses.astuple(clip.delivery))).encode()
+        digest = hashlib.blake2b(spoken, digest_size=4).hexdigest()
+        relative = f"wavs/{clip.folder}/{clip.name}-{digest}.wav"
+        num_samples = _num_samples(out_dir / relative)
+        if not num_samples:
+            synthesizer = _synthesizer(*maker)
+            sound = synthesizer.speak(clip.text, clip.delivery)
+            sound = wave.resample(sound, synthesizer.rate_hz, wave.RATE_HZ)
+            wave.save(out_dir / relative, sound, wave.RATE_HZ)
+            num_samples = len(sound)
+            num_made += 1
+        dur_s = round(num_samples / wave.RATE_HZ, 4)
+        rows.append(dataclasses.replace(clip.row, wav=relative, dur_s=dur_s))
+    return rows, num_made
+
+
+def _num_samples(path: Path) -> int:
+    """Length of a sound file, or 0 if it is missing or damaged and must be made again."""
+    if not path.is_file():
+        return 0
+    try:
+        return len(wave.load(path, wave.RATE_HZ))
+    except wave.AudioError:
+        return 0
+
+
+@functools.cache
+def _synthesizer(name: str, options: str) -> synth.Synthesizer:
+    return synth.make_synthesizer(name, **json.loads(options))
+
+
+def _query_clip(row: Query, seed: int) -> Clip:
+    delivery = styles.delivery(row.voice, row.style, rng_of(seed, "queries", row.id))
+    return Clip(row, "queries", row.id, row.text, delivery)
+
+
+def _answer_clip(query: Query, system: str, folder: str, text: str, tone: str, seed: int) -> Clip:
+    row = Response(query_id=query.id, system=system, sample=0, text=text, wav="", tone=tone)
+    delivery = styles.tone_delivery(tone, rng_of(seed, folder, query.id))
+    return Clip(row, folder, query.id, text, delivery)
+
+
+def _polytone_clip(
+    attribute: str, label: str, kind: str, text: str, text_id: str, take: tuple, seed: int
+) -> Clip:
+    voice, number = take
+    name = f"{kind}-{attribute}-{text_id}-{label}-{voice}-{number}"
+    row = PolytoneClip(name, attribute, label, text, text_id, kind, voice, wav="", dur_s=0.0)
+    delivery = styles.delivery(voice, label, rng_of(seed, "polytone", name))
+    return Clip(row, "polytone", name, text, delivery)
+
+
+def _takes(style: str, split: str, num_takes: int, seed: int, *names: str) -> list[tuple]:
+    """(voice, number of the take): all voices of the split once, then again if that is not enough.
+
+    The generator does not depend on the style, so that a text's two styles share their voices.
+    """
+    voices = voices_for(style, split, None, rng_of(seed, "voices", *names))
+    return [(voices[i % len(voices)], i // len(voices)) for i in range(num_takes)]
+
+
+def _speech_clip(name: str, text: str, split: str, kind: str, tone: str, seed: int) -> Clip:
+    row = SpeechClip(name, text, wav="", split=split, dur_s=0.0, kind=kind, tone=tone)
+    delivery = styles.tone_delivery(tone, rng_of(seed, "speech", name))
+    return Clip(row, "speech", name, text, delivery)
+
+
+def _transcribed(files: dict[str, list]) -> list[SpeechClip]:
+    """The users' clips of the other files as transcribed speech, which needs no new wavs."""
+    rows = []
+    for kind, query in [("sentence", q) for q in files["queries"]] + [
+        ("dialogue", q) for q in files["neutral"]
+    ]:
+        rows.append(SpeechClip(query.id, query.text, query.wav, query.split, query.dur_s, kind))
+    for clip in files["polytone"]:
+        split = "test" if clip.set == "test" else "train"
+        kind = "sentence" if clip.set == "polytone" else "leading"
+        rows.append(SpeechClip(clip.id, clip.text, clip.wav, split, clip.dur_s, kind))
+    return rows
+
+
+def _in_turn(rows: Sequence, group: Callable) -> list:
+    """First the first row of each group, then the second of each, and so on."""
+    counts = defaultdict(int)
+    turns = []
+    for row in rows:
+        counts[group(row)] += 1
+        turns.append(counts[group(row)])
+    return [rows[index] for index in sorted(range(len(rows)), key=turns.__getitem__)]
