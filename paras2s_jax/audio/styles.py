@@ -22,49 +22,48 @@ def _adult(variant: str, gender: str, split: str) -> VoiceSpec:
 
 
 # No voice is shared between the splits: a style is never recognised by a known speaker. All have
-# espeak's usual tempo, so that the rate tells the style. Median F0 at pitch 50: male 90-115 Hz,
-# female 170-245 Hz.
+# espeak's usual tempo, so that the rate tells the style. Median F0 at pitch 50: male 85-105 Hz,
+# female 165-230 Hz.
 VOICES = {
     "adam": _adult("adam", "male", "train"),
-    "miguel": _adult("m3", "male", "train"),
-    "oscar": _adult("m7", "male", "train"),
-    "pablo": _adult("pablo", "male", "train"),
+    "denis": _adult("Denis", "male", "train"),
+    "marcus": _adult("m5", "male", "train"),
+    "mike": _adult("mike2", "male", "train"),
+    "miles": _adult("m3", "male", "train"),
     "victor": _adult("victor", "male", "train"),
-    "walter": _adult("m2", "male", "train"),
-    "anna": _adult("f1", "female", "train"),
-    "bella": _adult("f2", "female", "train"),
-    "clara": _adult("f3", "female", "train"),
-    "annie": _adult("Annie", "female", "train"),
+    "belinda": _adult("belinda", "female", "train"),
+    "fay": _adult("f1", "female", "train"),
+    "fiona": _adult("f5", "female", "train"),
     "linda": _adult("linda", "female", "train"),
     "steph": _adult("steph", "female", "train"),
-    "marcus": _adult("m5", "male", "test"),
+    "martin": _adult("m6", "male", "test"),
     "sandro": _adult("sandro", "male", "test"),
-    "belinda": _adult("belinda", "female", "test"),
-    "shelby": _adult("shelby", "female", "test"),
+    "clara": _adult("f3", "female", "test"),
+    "flora": _adult("f4", "female", "test"),
 }
 
-# The assistant's own voice: no user has it.
-ASSISTANT_VOICE = VoiceSpec("en-us+f4", "female", "adult", "assistant")
+# The assistant's own voice, which no user has: of all female variants, the one that a recogniser
+# trained on people understands best in every tone.
+ASSISTANT_VOICE = VoiceSpec("en-us+f2", "female", "adult", "assistant")
 
 # For synthesizers that know no espeak voices: `Delivery.voice` -> voice of OpenAI's speech API.
 OPENAI_VOICES = {
     "en-us+adam": "ash",
-    "en-us+m3": "echo",
-    "en-us+m7": "onyx",
-    "en-us+pablo": "verse",
-    "en-us+victor": "ash",
-    "en-us+m2": "echo",
-    "en-us+f1": "coral",
-    "en-us+f2": "nova",
-    "en-us+f3": "sage",
-    "en-us+Annie": "coral",
+    "en-us+Denis": "echo",
+    "en-us+m5": "onyx",
+    "en-us+mike2": "verse",
+    "en-us+m3": "ash",
+    "en-us+victor": "onyx",
+    "en-us+belinda": "coral",
+    "en-us+f3": "marin",
+    "en-us+f1": "sage",
+    "en-us+f5": "coral",
     "en-us+linda": "nova",
-    "en-us+steph": "sage",
-    "en-us+m5": "ballad",
+    "en-us+m6": "ballad",
     "en-us+sandro": "fable",
-    "en-us+belinda": "shimmer",
-    "en-us+shelby": "marin",
-    "en-us+f4": "alloy",
+    "en-us+f4": "shimmer",
+    "en-us+steph": "nova",
+    "en-us+f2": "alloy",
 }
 
 
@@ -85,7 +84,7 @@ _NEUTRAL = Prosody(220, 50, 50, 100, instructions="Speak in a plain, even, every
 QUERY_STYLES = {
     "neutral": _NEUTRAL,
     "surprised": Prosody(
-        275, 82, 95, 165, instructions="Sound astonished: fast, high and loud, with wide swings."
+        265, 82, 95, 165, instructions="Sound astonished: fast, high and loud, with wide swings."
     ),
     "sad": Prosody(
         155, 18, 10, 45, instructions="Sound sad: slow, low and quiet, almost without melody."
@@ -111,7 +110,7 @@ _MALE_VOICE = {
 
 ASSISTANT_TONES = {
     "flat": Prosody(220, 45, 3, 80, instructions="Speak in a flat voice without any feeling."),
-    "excited": Prosody(270, 82, 95, 160, instructions="Speak with excitement: fast, high, loud."),
+    "excited": Prosody(260, 82, 95, 160, instructions="Speak with excitement: fast, high, loud."),
     "gentle": Prosody(175, 58, 30, 40, instructions="Speak gently: slow, soft and comforting."),
     "wry": Prosody(165, 20, 96, 75, instructions="Speak in a dry, knowing, ironic voice."),
     "playful": Prosody(225, 95, 60, 100, instructions="Speak playfully, as to a small child."),
@@ -120,8 +119,12 @@ ASSISTANT_TONES = {
 TONES = tuple(ASSISTANT_TONES)
 
 
+# A voice stands for speakers of its kind: their vocal tracts differ by up to this share.
+_TRACT_JITTER = 0.05
+
+
 def delivery(voice_name: str, style: str, rng: np.random.Generator) -> Delivery:
-    """How the voice speaks a query in the style, with the small variation of a live speaker."""
+    """How the voice speaks a query in the style, with the variation of live speakers."""
     if voice_name not in VOICES:
         raise ValueError(f"unknown voice {voice_name!r}; known: {', '.join(VOICES)}")
     if style not in QUERY_STYLES:
@@ -132,26 +135,27 @@ def delivery(voice_name: str, style: str, rng: np.random.Generator) -> Delivery:
     prosody = QUERY_STYLES[style]
     if voice.gender == "male":
         prosody = _MALE_VOICE.get(style, prosody)
-    return _jittered(voice, prosody, rng)
+    return _jittered(voice, prosody, rng, _TRACT_JITTER)
 
 
 def tone_delivery(tone: str, rng: np.random.Generator) -> Delivery:
-    """How the assistant speaks an answer in the tone."""
+    """How the assistant speaks an answer in the tone; always the same speaker."""
     if tone not in ASSISTANT_TONES:
         raise ValueError(f"unknown tone {tone!r}; known: {', '.join(TONES)}")
-    return _jittered(ASSISTANT_VOICE, ASSISTANT_TONES[tone], rng)
+    return _jittered(ASSISTANT_VOICE, ASSISTANT_TONES[tone], rng, 0.0)
 
 
-def _jittered(voice: VoiceSpec, prosody: Prosody, rng: np.random.Generator) -> Delivery:
-    """Rate and loudness within 5 %, pitch within 4, range within 3, tract within 3 %."""
+def _jittered(
+    voice: VoiceSpec, prosody: Prosody, rng: np.random.Generator, tract_jitter: float
+) -> Delivery:
+    """Rate and loudness vary by 5 %, pitch by 4, its range by 3, the tract by `tract_jitter`."""
     rate, pitch, pitch_range, volume, tract = rng.uniform(-1.0, 1.0, 5)
-    scale = prosody.tract_scale
     return Delivery(
         voice=voice.espeak,
         rate_wpm=round(prosody.rate_wpm * (1 + 0.05 * rate)),
         pitch=int(np.clip(round(prosody.pitch + 4 * pitch), 0, 99)),
         pitch_range=int(np.clip(round(prosody.pitch_range + 3 * pitch_range), 0, 99)),
         volume=round(prosody.volume * (1 + 0.05 * volume)),
-        tract_scale=scale if scale == 1.0 else scale * (1 + 0.03 * tract),
+        tract_scale=round(prosody.tract_scale * (1 + tract_jitter * tract), 3),
         instructions=prosody.instructions,
     )
