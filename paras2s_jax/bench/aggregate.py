@@ -1,0 +1,269 @@
+"""Verdicts → means, confidence intervals, paired comparisons and the style-swap gain.
+
+Every interval is a 95 % percentile bootstrap clustered by sentence: the answers to one sentence
+(two styles, several voices, several samples) are not independent, so sentences are resampled.
+Failed verdicts (score NaN) never vanish: means run over the scored, and the failed are counted.
+"""
+
+import dataclasses
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from paras2s_jax.data.records import Query, Response, Verdict
+
+# Columns of paper section 4, in its order.
+SYNTHETIC = ("age", "emotion", "gender", "sarcasm")
+REAL = ("iemocap", "meld")
+MEAN = "mean"
+
+Key = tuple[str, int]
+
+
+class BenchError(ValueError):
+    """Verdicts, answers and queries do not belong together."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A mean with its 95 % interval and the counts that it rests on."""
+
+    value: float
+    low: float
+    high: float
+    num_scored: int
+    num_failed: int
+    num_sentences: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """System a against system b on the same queries.
+
+    `rel` = mean_a / mean_b - 1, with its interval `low`..`high`; `num_queries` were scored for both
+    systems, `num_unpaired` were not and are left out of both means.
+    """
+
+    a: str
+    b: str
+    rel: float
+    low: float
+    high: float
+    mean_a: float
+    mean_b: float
+    num_queries: int
+    num_unpaired: int
+
+
+def column_of(query: Query) -> str:
+    """The table column of a query: its dimension, or the corpus that a real-speech topic names."""
+    return query.topic if query.topic in REAL else query.dimension
+
+
+def columns_of(queries: Iterable[Query]) -> tuple[str, ...]:
+    """The columns present in the queries, in the order of the paper; the neutral have none."""
+    present = {column_of(query) for query in queries}
+    return tuple(name for name in SYNTHETIC + REAL if name in present)
+
+
+def scores_of(
+    queries: Sequence[Query], verdicts: Sequence[Verdict], system: str
+) -> dict[Key, float]:
+    """Scores by (query id, sample), NaN where the judge failed.
+
+    Raises:
+        BenchError: a query has no verdict, a verdict no query, or one answer two verdicts.
+    """
+    counted = Counter((verdict.query_id, verdict.sample) for verdict in verdicts)
+    twice = [key for key, count in counted.items() if count > 1]
+    missing = {query.id for query in queries} - {query_id for query_id, _ in counted}
+    unknown = {query_id for query_id, _ in counted} - {query.id for query in queries}
+    for problem, ids in (("no verdict", missing), ("no query", unknown), ("two verdicts", twice)):
+        if ids:
+            example = sorted(ids)[0]
+            raise BenchError(
+                f"{system}: {problem} for {len(ids)} answers, first {example!r}; "
+                "judge exactly the queries of the bench."
+            )
+    return {(verdict.query_id, verdict.sample): verdict.score for verdict in verdicts}
+
+
+def clustered_means(
+    values: np.ndarray, clusters: Sequence[str], *, num_resamples: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Means of paired values, of the sample itself and of its bootstrap resamples.
+
+    Args:
+        values: float[B, K], K quantities measured on the same rows.
+        clusters: B names; rows of one name are drawn together.
+
+    Returns:
+        float64[1 + R, K]; row 0 is the sample itself. All NaN where there are no rows.
+    """
+    if not len(values):
+        return np.full((1 + num_resamples, values.shape[1]), np.nan)
+    _, index = np.unique(np.asarray(clusters), return_inverse=True)
+    num_clusters = int(index.max()) + 1
+    sums = np.zeros((num_clusters, values.shape[1]))
+    np.add.at(sums, index, values)
+    counts = np.bincount(index, minlength=num_clusters)
+    drawn = rng.multinomial(num_clusters, np.full(num_clusters, 1 / num_clusters), num_resamples)
+    weights = np.concatenate([np.ones((1, num_clusters)), drawn])
+    return (weights @ sums) / (weights @ counts)[:, None]
+
+
+def _interval(means: np.ndarray) -> tuple[float, float, float]:
+    """(value, low, high) of bootstrap means float[1 + R]; NaN in a column stays visible as NaN."""
+    low, high = np.percentile(means[1:], [2.5, 97.5])
+    return float(means[0]), float(low), float(high)
+
+
+def _column_rng(seed: int, column: str) -> np.random.Generator:
+    """The same draws for a column whatever the other columns are."""
+    return np.random.default_rng((seed, zlib.crc32(column.encode())))
+
+
+def column_estimates(
+    queries: Sequence[Query],
+    values: Mapping[Key, float],
+    *,
+    num_resamples: int = 2000,
+    seed: int = 0,
+) -> dict[str, Estimate]:
+    """Estimates per column and of their mean (`MEAN`), from one value per answer.
+
+    The overall mean is the mean of the columns, not of the answers (paper section 1).
+    """
+    by_id = {query.id: query for query in queries}
+    rows = defaultdict(list)
+    for (query_id, _), value in sorted(values.items()):
+        query = by_id[query_id]
+        rows[column_of(query)].append((query.sentence_id, value))
+    estimates, means = {}, []
+    for column in columns_of(queries):
+        scored = [(name, value) for name, value in rows[column] if not np.isnan(value)]
+        names = [name for name, _ in scored]
+        column_means = clustered_means(
+            np.array([[value] for _, value in scored]).reshape(-1, 1),
+            names,
+            num_resamples=num_resamples,
+            rng=_column_rng(seed, column),
+        )[:, 0]
+        means.append(column_means)
+        failed = len(rows[column]) - len(scored)
+        estimates[column] = Estimate(*_interval(column_means), len(scored), failed, len(set(names)))
+    if not means:
+        raise BenchError("no query has a style dimension; the bench needs at least one column.")
+    parts = list(estimates.values())
+    counts = [
+        sum(getattr(part, name) for part in parts)
+        for name in ("num_scored", "num_failed", "num_sentences")
+    ]
+    estimates[MEAN] = Estimate(*_interval(np.mean(means, axis=0)), *counts)
+    return estimates
+
+
+def compare(
+    queries: Sequence[Query],
+    scores_a: Mapping[Key, float],
+    scores_b: Mapping[Key, float],
+    *,
+    names: tuple[str, str],
+    num_resamples: int = 2000,
+    seed: int = 0,
+) -> Comparison:
+    """Relative gain of a over b on the queries that both have a score for.
+
+    Samples of a query are averaged first, so systems with different numbers of samples compare.
+    The same resampled sentences serve both systems: the interval is that of the paired gain.
+    """
+    means_a, means_b = _query_means(scores_a), _query_means(scores_b)
+    columns = columns_of(queries)
+    rows = defaultdict(list)
+    num_unpaired = 0
+    for query in queries:
+        if column_of(query) not in columns:
+            continue
+        pair = (means_a.get(query.id, np.nan), means_b.get(query.id, np.nan))
+        if np.isnan(pair).any():
+            num_unpaired += 1
+        else:
+            rows[column_of(query)].append((query.sentence_id, *pair))
+    means = np.mean(
+        [
+            clustered_means(
+                np.array([row[1:] for row in rows[column]]).reshape(-1, 2),
+                [row[0] for row in rows[column]],
+                num_resamples=num_resamples,
+                rng=_column_rng(seed, column),
+            )
+            for column in columns
+        ],
+        axis=0,
+    )
+    rel, low, high = _interval(means[:, 0] / means[:, 1] - 1.0)
+    num_queries = sum(len(part) for part in rows.values())
+    mean_a, mean_b = map(float, means[0])
+    return Comparison(*names, rel, low, high, mean_a, mean_b, num_queries, num_unpaired)
+
+
+def _query_means(scores: Mapping[Key, float]) -> dict[str, float]:
+    """Mean over the scored samples of each query; queries without a score are absent."""
+    found = defaultdict(list)
+    for (query_id, _), score in scores.items():
+        if not np.isnan(score):
+            found[query_id].append(score)
+    return {query_id: float(np.mean(part)) for query_id, part in found.items()}
+
+
+def swap_pairs(
+    queries: Sequence[Query], responses: Sequence[Response]
+) -> list[tuple[Query, Response]]:
+    """Pairs each answer with a query that says the same words in the contrast style.
+
+    The partner has the same sentence and split, the same voice where there is one, and otherwise
+    the same rank among its sentence's voices, so that no voice serves as partner more than others.
+
+    Returns:
+        (query in the other style, answer), in the order of the answers that have a column.
+
+    Raises:
+        BenchError: a sentence was never spoken in its contrast style.
+    """
+    by_id = {query.id: query for query in queries}
+    spoken = defaultdict(list)
+    for query in sorted(queries, key=lambda query: query.id):
+        spoken[query.sentence_id, query.split, query.style].append(query)
+    columns = columns_of(queries)
+    pairs = []
+    for response in responses:
+        query = by_id[response.query_id]
+        if column_of(query) not in columns:
+            continue
+        others = spoken[query.sentence_id, query.split, query.contrast]
+        if not others:
+            raise BenchError(
+                f"query {query.id!r} has no partner in style {query.contrast!r}; the style-swap "
+                "gain needs both styles of every sentence."
+            )
+        same_voice = [other for other in others if other.voice == query.voice]
+        rank = spoken[query.sentence_id, query.split, query.style].index(query)
+        pairs.append(((same_voice or [others[rank % len(others)]])[0], response))
+    return pairs
+
+
+def swap_gains(own: Mapping[Key, float], swapped: Mapping[Key, float]) -> dict[Key, float]:
+    """Style-swap gain per answer (design section 6): own score minus the score in swapped style.
+
+    0 on average = tone-deaf. NaN where either verdict failed.
+
+    Args:
+        own: scores by (query id, sample) against the query that was answered.
+        swapped: scores by the same keys against its words in the other style.
+    """
+    missing = set(own) - set(swapped)
+    if missing:
+        raise BenchError(f"{len(missing)} answers have no swapped verdict, first {min(missing)}.")
+    return {key: score - swapped[key] for key, score in own.items()}

@@ -1,0 +1,248 @@
+"""Results of a bench: their file, their figures, and the table of paper section 4."""
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import rich.box
+import rich.table
+import rich.text
+
+from paras2s_jax.bench.aggregate import MEAN, REAL, SYNTHETIC, BenchError, Comparison, Estimate
+
+TITLES = {name: name.capitalize() for name in SYNTHETIC} | {
+    "iemocap": "IEMOCAP",
+    "meld": "MELD",
+    MEAN: "Overall",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class SystemResult:
+    """One row: `scores` and `swap` by column (and `MEAN`), and what an independent ear heard.
+
+    `asr_hit` is the share of `asr_total` answers whose words the ear names; NaN for a system
+    without a text stream.
+    """
+
+    name: str
+    scores: dict[str, Estimate]
+    swap: dict[str, Estimate]
+    asr_hit: float
+    asr_total: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """Everything a table or a report says about a bench."""
+
+    systems: tuple[SystemResult, ...]
+    comparisons: tuple[Comparison, ...]
+    judges: tuple[str, ...]
+    style_sources: tuple[str, ...]
+    ear: str
+    num_queries: int
+    num_resamples: int
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return tuple(name for name in SYNTHETIC + REAL if name in self.systems[0].scores)
+
+
+def figures(results: Results) -> dict[str, float]:
+    """Flat figures `bench/<system>/<name>` and `bench/<a>_vs_<b>/<name>` for summary.json."""
+    flat = {}
+    for system in results.systems:
+        prefix = f"bench/{system.name}"
+        for column, estimate in system.scores.items():
+            flat[f"{prefix}/{column}"] = estimate.value
+        gain = system.swap[MEAN]
+        flat |= {
+            f"{prefix}/swap_gain": gain.value,
+            f"{prefix}/swap_gain_low": gain.low,
+            f"{prefix}/swap_gain_high": gain.high,
+            f"{prefix}/failed": float(system.scores[MEAN].num_failed),
+            f"{prefix}/asr_hit": system.asr_hit,
+        }
+    for pair in results.comparisons:
+        for name in ("rel", "low", "high"):
+            flat[f"bench/{pair.a}_vs_{pair.b}/{name}"] = getattr(pair, name)
+    return flat
+
+
+def with_interval(estimate: Estimate, *, signed: bool = False) -> str:
+    """'3.92 [3.80, 4.03]', or 'n/a' where nothing was scored."""
+    if math.isnan(estimate.value):
+        return "n/a"
+    sign = "+" if signed else ""
+    return f"{estimate.value:{sign}.2f} [{estimate.low:{sign}.2f}, {estimate.high:{sign}.2f}]"
+
+
+def percent(value: float) -> str:
+    return "n/a" if math.isnan(value) else f"{100 * value:.0f} %"
+
+
+def _part_mean(system: SystemResult, names: Sequence[str]) -> str:
+    """Mean of columns as printed in the paper's averages, which carry no interval here."""
+    value = float(np.mean([system.scores[name].value for name in names]))
+    return "n/a" if math.isnan(value) else f"{value:.2f}"
+
+
+def layout(results: Results) -> list[tuple[str, Callable[[SystemResult], str]]]:
+    """(heading, cell of a system) per column; real columns only where there are any."""
+
+    def score(column: str) -> Callable[[SystemResult], str]:
+        return lambda system: with_interval(system.scores[column])
+
+    synthetic = [name for name in results.columns if name in SYNTHETIC]
+    real = [name for name in results.columns if name in REAL]
+    columns = [("System", lambda system: system.name)]
+    for title, names in (("Synthetic", synthetic), ("Real", real)):
+        columns += [(TITLES[name], score(name)) for name in names]
+        if synthetic and real:
+            columns.append((title, lambda system, names=names: _part_mean(system, names)))
+    return [
+        *columns,
+        ("Overall", score(MEAN)),
+        ("Swap gain", lambda system: with_interval(system.swap[MEAN], signed=True)),
+        ("Failed", lambda system: _failed(system.scores[MEAN])),
+        ("Heard", lambda system: percent(system.asr_hit)),
+    ]
+
+
+def _failed(estimate: Estimate) -> str:
+    return f"{estimate.num_failed}/{estimate.num_failed + estimate.num_scored}"
+
+
+def caption(results: Results) -> list[str]:
+    """Who judged what and how, and the paired comparisons; one sentence per line."""
+    source = {"analyzer": "heard by the analyzers", "label": "TRUE LABELS given to the judge"}
+    swap_failed = ", ".join(
+        f"{system.name} {system.swap[MEAN].num_failed}"
+        for system in results.systems
+        if system.swap[MEAN].num_failed
+    )
+    lines = [
+        f"Judge: {', '.join(results.judges)}; style of the query: "
+        f"{', '.join(source[name] for name in results.style_sources)}.",
+        f"{results.num_queries} queries, scores 1 to 5 [95 % CI: {results.num_resamples} bootstrap "
+        "resamples of sentences].",
+        "Swap gain: score of an answer minus its score against the same words in the other style; "
+        "0 = tone-deaf.",
+        "Failed: verdicts without a score, left out of the means."
+        + (f" Answers without a swap gain: {swap_failed}." if swap_failed else ""),
+        f"Heard: answers whose own words an ear outside the training names ({results.ear}).",
+    ]
+    hits = {system.name: 100 * system.asr_hit for system in results.systems}
+    for pair in results.comparisons:
+        unpaired = f", {pair.num_unpaired} unpaired" if pair.num_unpaired else ""
+        heard = hits[pair.a] - hits[pair.b]
+        lines.append(
+            f"{pair.a} against {pair.b}, paired: {100 * pair.rel:+.1f} % "
+            f"[{100 * pair.low:+.1f}, {100 * pair.high:+.1f}] ({pair.num_queries} queries"
+            f"{unpaired})" + ("." if math.isnan(heard) else f"; heard {heard:+.1f} points.")
+        )
+    return lines
+
+
+def to_markdown(results: Results) -> str:
+    columns = layout(results)
+    rows = [[title for title, _ in columns], ["---"] + ["---:"] * (len(columns) - 1)]
+    rows += [[cell(system) for _, cell in columns] for system in results.systems]
+    lines = ["| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in rows]
+    return "\n".join(lines + [""] + [f"- {line}" for line in caption(results)]) + "\n"
+
+
+def to_rich(results: Results) -> rich.table.Table:
+    """The table for a terminal: intervals below their values, which halves its width."""
+    table = rich.table.Table(
+        title="ParaS2SBench",
+        caption="\n".join(caption(results)),
+        caption_justify="left",
+        box=rich.box.SIMPLE_HEAVY,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    columns = layout(results)
+    for title, _ in columns:
+        table.add_column(title, justify="left" if title == "System" else "right")
+    for system in results.systems:
+        table.add_row(*(_stacked(cell(system)) for _, cell in columns))
+    return table
+
+
+def _stacked(cell: str) -> rich.text.Text:
+    """'3.92 [3.80, 4.03]' as '3.92' above '3.80…4.03'."""
+    value, _, interval = cell.partition(" [")
+    text = rich.text.Text(value)
+    if interval:
+        low, high = interval.rstrip("]").split(", ")
+        text.append(f"\n{low}…{high.lstrip('+')}", style="dim")
+    return text
+
+
+def to_csv(results: Results) -> str:
+    """One line per system and quantity, unrounded, for programs."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    names = [field.name for field in dataclasses.fields(Estimate)]
+    writer.writerow(["system", "quantity", "column", *names])
+    for system in results.systems:
+        for quantity, estimates in (("score", system.scores), ("swap_gain", system.swap)):
+            for column, estimate in estimates.items():
+                values = dataclasses.astuple(estimate)
+                writer.writerow([system.name, quantity, column, *values])
+    return out.getvalue()
+
+
+def write_results(results: Results, folder: Path) -> None:
+    """Writes results.json, table.md and table.csv, each atomically."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(_with_null(dataclasses.asdict(results)), indent=1, allow_nan=False)
+    for name, content in (
+        ("table.md", to_markdown(results)),
+        ("table.csv", to_csv(results)),
+        ("results.json", text + "\n"),
+    ):
+        partial = folder / f"{name}.partial"
+        partial.write_text(content, encoding="utf-8")
+        os.replace(partial, folder / name)
+
+
+def read_results(folder: Path) -> Results:
+    path = folder / "results.json"
+    if not path.is_file():
+        raise BenchError(f"{path}: no such file; run the bench first.")
+    values = json.loads(path.read_text(encoding="utf-8"))
+
+    def estimates(row: dict) -> dict[str, Estimate]:
+        return {name: Estimate(**_with_nan(part)) for name, part in row.items()}
+
+    systems = tuple(
+        SystemResult(**_with_nan(row | {key: estimates(row[key]) for key in ("scores", "swap")}))
+        for row in values.pop("systems")
+    )
+    comparisons = tuple(Comparison(**_with_nan(row)) for row in values.pop("comparisons"))
+    judges, sources = tuple(values.pop("judges")), tuple(values.pop("style_sources"))
+    return Results(
+        systems=systems, comparisons=comparisons, judges=judges, style_sources=sources, **values
+    )
+
+
+def _with_null(value: object) -> object:
+    """NaN as null, which is the only way that strict JSON has for it."""
+    if isinstance(value, dict):
+        return {key: _with_null(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_with_null(part) for part in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _with_nan(row: dict) -> dict:
+    return {key: math.nan if part is None else part for key, part in row.items()}

@@ -1,0 +1,95 @@
+import io
+
+import pytest
+import rich.console
+
+from paras2s_jax.bench import ear, run, tables
+from paras2s_jax.bench.aggregate import BenchError
+from paras2s_jax.bench.systems import RecordedSystem
+from paras2s_jax.data.records import Verdict, read_jsonl
+
+ANSWERS = ("Sad words for you.", "Surprised words for you.")
+
+
+def bench(systems, asked, judge, **fields):
+    queries, root = asked
+    return run.bench(
+        systems,
+        queries,
+        root,
+        root / "bench",
+        judge=judge,
+        answers=ANSWERS,
+        num_resamples=200,
+        num_workers=1,
+        console=rich.console.Console(file=io.StringIO()),
+        **fields,
+    )
+
+
+@pytest.fixture
+def systems(recorded):
+    # One answers in the style heard, one says the same to all, one breaks the judge once.
+    def broken(query):
+        return "broken" if query.id == "age-0-child-v1" else query.style
+
+    texts = {"listens": lambda q: q.style, "deaf": lambda q: "fine", "breaks": broken}
+    return [RecordedSystem(name, recorded(name, text_of)) for name, text_of in texts.items()]
+
+
+def test_scores_gains_and_failures_by_hand(systems, asked, make):
+    found = bench(systems, asked, make.judge(), comparisons=[("listens", "deaf")])
+    flat = tables.figures(found)
+    # The judge gives 4 for the right style, else 2: the listener has 4 and a gain of 2.
+    assert flat["bench/listens/mean"] == flat["bench/listens/age"] == 4.0
+    assert [flat[f"bench/listens/{n}"] for n in ("swap_gain", "swap_gain_low")] == [2.0, 2.0]
+    assert [flat[f"bench/deaf/{n}"] for n in ("mean", "swap_gain", "failed")] == [2.0, 0.0, 0.0]
+    assert [flat[f"bench/breaks/{n}"] for n in ("mean", "failed")] == [4.0, 1.0]
+    assert [flat[f"bench/listens_vs_deaf/{n}"] for n in ("rel", "low", "high")] == [1.0] * 3
+    # The waves are sine tones: the ear must not hear words in them.
+    assert flat["bench/listens/asr_hit"] == 0.0
+
+
+def test_files_tell_what_was_swapped(systems, asked, make):
+    bench(systems[:1], asked, make.judge())
+    folder = asked[1] / "bench"
+    own = read_jsonl(folder / "listens" / "verdicts.jsonl", Verdict)
+    swapped = read_jsonl(folder / "listens" / "swapped.jsonl", Verdict)
+    assert [row.query_id for row in swapped] == [row.query_id for row in own]
+    assert swapped[0].query_id == "emotion-0-surprised-v1"
+    assert swapped[0].raw["heard_query_id"] == "emotion-0-sad-v1"
+    assert (folder / "table.md").read_text() == tables.to_markdown(tables.read_results(folder))
+    assert (folder / "table.csv").is_file()
+
+
+def test_rerun_hears_only_what_is_new(systems, asked, make, monkeypatch, recorded):
+    first = bench(systems[:2], asked, make.judge())
+    heard = []
+    hear_files = ear.hear_files
+
+    def spy(paths, *args, **kwargs):
+        heard.extend(paths)
+        return hear_files(paths, *args, **kwargs)
+
+    monkeypatch.setattr(ear, "hear_files", spy)
+    assert bench(systems[:2], asked, make.judge()) == first
+    assert heard == []
+
+
+def test_labels_reach_the_judge_and_the_table(systems, asked, make):
+    found = bench(systems[:1], asked, make.judge(), use_labels=True)
+    assert found.style_sources == ("label",)
+
+
+def test_mistakes_stop_before_any_answer(systems, asked, make):
+    judge = make.judge()
+    with pytest.raises(BenchError, match="no system 'gone'"):
+        bench(systems, asked, judge, comparisons=[("gone", "deaf")])
+    with pytest.raises(BenchError, match="unique"):
+        bench([systems[0], systems[0]], asked, judge)
+    with pytest.raises(BenchError, match=r"system name '\.\./up'"):
+        bench([RecordedSystem("../up", systems[0].jsonl)], asked, judge)
+    queries, root = asked
+    with pytest.raises(BenchError, match="no partner"):
+        bench(systems, (queries[:1], root), judge)
+    assert judge.calls == [] and not (root / "bench" / "listens").exists()

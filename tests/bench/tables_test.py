@@ -1,0 +1,104 @@
+import csv
+import dataclasses
+import io
+import math
+
+import pytest
+import rich.console
+
+from paras2s_jax.bench import tables
+from paras2s_jax.bench.aggregate import BenchError, Comparison, Estimate
+
+
+def estimate(value, failed=0):
+    return Estimate(value, value - 0.1, value + 0.1, 20, failed, 10)
+
+
+def results(columns=("age", "emotion"), **fields):
+    def system(name, value, hit):
+        scores = {column: estimate(value + n) for n, column in enumerate(columns)}
+        scores["mean"] = estimate(value + 0.5, failed=3)
+        swap = {column: estimate(value - 3) for column in (*columns, "mean")}
+        return tables.SystemResult(name, scores, swap, hit, 20)
+
+    values = {
+        "systems": (system("sft", 3.0, 0.95), system("grpo", 3.5, math.nan)),
+        "comparisons": (Comparison("grpo", "sft", 0.1, 0.05, 0.15, 3.85, 3.5, 18, 2),),
+        "judges": ("rubric-1-abc",),
+        "style_sources": ("analyzer",),
+        "ear": "PocketSphinx 5",
+        "num_queries": 20,
+        "num_resamples": 2000,
+    }
+    return tables.Results(**(values | fields))
+
+
+def test_figures_have_the_agreed_names():
+    flat = tables.figures(results())
+    assert set(flat) == {
+        f"bench/{system}/{name}"
+        for system in ("sft", "grpo")
+        for name in (
+            "mean", "age", "emotion", "swap_gain", "swap_gain_low", "swap_gain_high", "failed",
+            "asr_hit",
+        )
+    } | {f"bench/grpo_vs_sft/{name}" for name in ("rel", "low", "high")}  # fmt: skip
+    assert flat["bench/sft/mean"] == 3.5 and flat["bench/sft/failed"] == 3.0
+    assert flat["bench/grpo/swap_gain_low"] == pytest.approx(0.4)
+    assert flat["bench/grpo_vs_sft/rel"] == 0.1
+
+
+def test_markdown_row_and_caption():
+    text = tables.to_markdown(results())
+    assert text.splitlines()[0] == (
+        "| System | Age | Emotion | Overall | Swap gain | Failed | Heard |"
+    )
+    assert (
+        "| sft | 3.00 [2.90, 3.10] | 4.00 [3.90, 4.10] | 3.50 [3.40, 3.60] "
+        "| +0.00 [-0.10, +0.10] | 3/23 | 95 % |" in text
+    )
+    assert "| n/a |" in text  # grpo was not heard.
+    assert "Judge: rubric-1-abc; style of the query: heard by the analyzers." in text
+    assert "grpo against sft, paired: +10.0 % [+5.0, +15.0] (18 queries, 2 unpaired)." in text
+
+
+def test_labels_are_announced():
+    assert "TRUE LABELS" in tables.to_markdown(results(style_sources=("label",)))
+
+
+def test_real_columns_and_averages_only_where_present():
+    headings = [title for title, _ in tables.layout(results(("age", "gender", "meld", "iemocap")))]
+    assert headings[:8] == [
+        "System", "Age", "Gender", "Synthetic", "IEMOCAP", "MELD", "Real", "Overall",
+    ]  # fmt: skip
+    rows = tables.to_markdown(results(("age", "gender", "iemocap", "meld"))).splitlines()
+    # Columns are 3, 4, 5 and 6: the averages are 3.5 and 5.5.
+    assert [cell.strip() for cell in rows[2].split("|")][4:8:3] == ["3.50", "5.50"]
+
+
+def test_csv_is_unrounded_and_complete():
+    rows = list(csv.DictReader(io.StringIO(tables.to_csv(results()))))
+    assert len(rows) == 2 * 2 * 3
+    assert rows[0] | {"low": None, "high": None} == {
+        "system": "sft", "quantity": "score", "column": "age", "value": "3.0", "low": None,
+        "high": None, "num_scored": "20", "num_failed": "0", "num_sentences": "10",
+    }  # fmt: skip
+
+
+def test_terminal_table_shows_intervals():
+    console = rich.console.Console(width=110, file=io.StringIO())
+    console.print(tables.to_rich(results()))
+    text = console.file.getvalue()
+    assert "2.90…3.10" in text and "-0.10…0.10" in text and "bootstrap" in text
+
+
+def test_results_survive_their_file(tmp_path):
+    whole = results()
+    tables.write_results(whole, tmp_path)
+    back = tables.read_results(tmp_path)
+    assert math.isnan(back.systems[1].asr_hit)
+    assert dataclasses.replace(back, systems=()) == dataclasses.replace(whole, systems=())
+    assert back.systems[0] == whole.systems[0]
+    assert "NaN" not in (tmp_path / "results.json").read_text()
+    with pytest.raises(BenchError, match="run the bench first"):
+        tables.read_results(tmp_path / "elsewhere")
