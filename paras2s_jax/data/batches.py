@@ -94,11 +94,11 @@ def _problem(at: int, row: Any, root: str | os.PathLike, keys: Sequence[str]) ->
         return Problem(at, str(root), f"row {at} is a {type(row).__name__}, not an object")
     for key in keys:
         relative = row.get(key)
-        if not isinstance(relative, str) or not relative:
+        if not isinstance(relative, str) or not relative or "\0" in relative:
             return Problem(at, str(root), f"row {at} has no path under {key!r}")
         try:
             wave.load(wave.inside(root, relative))
-        except wave.AudioError as error:
+        except (wave.AudioError, OSError) as error:
             return Problem(at, relative, str(error))
     return None
 

@@ -157,7 +157,8 @@ def load_part(
     try:
         with safetensors.safe_open(path, framework="np") as file:
             meta = json.loads((file.metadata() or {}).get("meta", "{}"))
-            flat = {name: file.get_tensor(name) for name in file.keys()}
+            names = file.keys()
+            flat = {name: file.get_tensor(name) for name in names}
     except safetensors.SafetensorError as error:
         raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from error
     if dtype is not None:
@@ -206,7 +207,8 @@ def _cast(path: pathlib.Path, name: str, value: Any, dtype: str) -> np.ndarray:
     if not jax.dtypes.issubdtype(value.dtype, np.floating):
         return value
     kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
-    cast = value.astype(kind)
+    with np.errstate(over="ignore"):
+        cast = value.astype(kind)
     if np.isfinite(value).all() and not np.isfinite(cast).all():
         raise CheckpointError(f"{path}: {name} exceeds the range of {dtype}; use float32")
     return cast

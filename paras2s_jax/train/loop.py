@@ -1,6 +1,7 @@
 """The training loop: feeds batches, logs, saves, resumes exactly."""
 
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
@@ -95,15 +96,17 @@ def fit(
         batches.restore(extra["batches"])
         pending = _Pending(extra["pending"])
     step = int(state.step)
+    is_main = jax.process_index() == 0
+    writer = writer if is_main else None
     if writer:
         writer.truncate(step)
     source = iter(batches)
-    is_main = jax.process_index() == 0
     with tqdm.tqdm(
         desc=progress_label,
         total=num_steps,
         initial=step,
-        mininterval=1.0,
+        # In a log file every update of the bar is a line.
+        mininterval=0.5 if sys.stderr.isatty() else 30.0,
         unit="step",
         disable=not is_main,
         dynamic_ncols=True,
@@ -126,7 +129,7 @@ def fit(
                 row = pending.take_means()
                 if writer:
                     writer.write(step, row, {"steps_per_s": speed})
-                bar.set_postfix_str(metrics.metric_line({"loss": row.get("loss", math.nan)}))
+                bar.set_postfix_str(metrics.metric_line(row), refresh=False)
             if saves:
                 extra = {"batches": batches.state(), "pending": pending.fetched}
                 checkpointer.save(step, state, extra)

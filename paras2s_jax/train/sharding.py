@@ -83,7 +83,10 @@ def init_sharded(model: nn.Module, mesh: Mesh, rules: Rules, rng: jax.Array, *ar
 
 def unbox(tree: Any) -> Any:
     """Strips logical axis names from variables."""
-    is_box = lambda x: isinstance(x, nn.meta.AxisMetadata)  # noqa: E731
+
+    def is_box(x):
+        return isinstance(x, nn.meta.AxisMetadata)
+
     return jax.tree.map(lambda x: x.value if is_box(x) else x, tree, is_leaf=is_box)
 
 

@@ -9,6 +9,7 @@ import jax
 import optax
 from flax import traverse_util
 from jax import numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from paras2s_jax.train import sharding
 
@@ -47,6 +48,37 @@ class TrainState:
             rng = jax.random.key_data(rng)
         state = cls(jnp.int32(0), params, frozen, optimizer.init(params), jnp.copy(rng))
         return sharding.replicate_rest(state)
+
+    @classmethod
+    def abstract(
+        cls,
+        variables: Mapping[str, Any],
+        optimizer: optax.GradientTransformation,
+        *,
+        trainable: str = "",
+    ) -> "TrainState":
+        """What `create` would return, as ShapeDtypeStructs: for compilation ahead of time.
+
+        variables: ShapeDtypeStructs with NamedShardings; the optimiser's moments take those of
+        their parameters.
+        """
+        params, frozen = split_trainable(variables, trainable)
+        mesh = jax.tree.leaves(params)[0].sharding.mesh
+        whole = NamedSharding(mesh, PartitionSpec())
+        opt_state = optax.tree.map_params(
+            optimizer,
+            lambda leaf, param: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=param.sharding
+            ),
+            jax.eval_shape(optimizer.init, params),
+            params,
+            transform_non_params=lambda leaf: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=whole
+            ),
+        )
+        step = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+        rng = jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=whole)
+        return cls(step, params, frozen, opt_state, rng)
 
     @property
     def variables(self) -> dict[str, Any]:

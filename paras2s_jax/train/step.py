@@ -103,7 +103,8 @@ def make_update(
 
     Gradients and metrics are sums over microbatches divided by the total weight, so the result does
     not depend on `accum_steps`. Microbatch i holds rows i, i + accum_steps, …: each stays spread
-    over all devices. If the total weight is 0, the gradients are 0.
+    over all devices. Scalars in the batch go to every microbatch. If the total weight is 0, the
+    gradients are 0.
     """
     return Update(loss_fn, optimizer, accum_steps=accum_steps, donate=donate)
 
@@ -114,6 +115,8 @@ def _accumulate(grads_of: Callable, batch: Mapping[str, jax.Array], steps: int):
         return grads_of(batch, 0)
 
     def split(name, x):
+        if not x.ndim:
+            return jnp.broadcast_to(x, (steps,))
         if x.shape[0] % steps:
             raise ValueError(f"{name}: {x.shape[0]} rows do not divide into {steps} microbatches")
         return jnp.moveaxis(x.reshape(x.shape[0] // steps, steps, *x.shape[1:]), 1, 0)

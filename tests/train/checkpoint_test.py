@@ -1,0 +1,141 @@
+import jax
+import ml_dtypes
+import numpy as np
+import optax
+import pytest
+from jax import numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from paras2s_jax.train import checkpoint, sharding
+from paras2s_jax.train import state as state_lib
+
+OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+
+
+def new_state(value=1.0, width=4, mesh=None):
+    kernel = jnp.full((8, width), value) + jnp.arange(8.0)[:, None]
+    if mesh is not None:
+        kernel = jax.device_put(kernel, NamedSharding(mesh, P("fsdp")))
+    variables = {"params": {"kernel": kernel}, "base": {"table": jnp.full(3, value)}}
+    return state_lib.TrainState.create(
+        variables, OPTIMIZER, jax.random.key(int(value)), trainable="^params/"
+    )
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_state_and_extra_come_back(tmp_path):
+    saved = new_state(3.0).replace(step=jnp.int32(7))
+    checkpointer = checkpoint.Checkpointer(tmp_path / "ck")
+    assert checkpointer.restore_latest(saved) is None
+    extra = {"batches": {"epoch": 1}, "pending": [[6, {"loss": 0.1, "nan": float("nan")}]]}
+    checkpointer.save(7, saved, extra)
+    checkpointer.close()
+    template = new_state(1.0)
+    restored, found = checkpoint.Checkpointer(tmp_path / "ck").restore_latest(template)
+    for field in ("step", "params", "opt_state", "rng"):
+        assert_same(getattr(restored, field), getattr(saved, field))
+    # The frozen part is the template's: it is not in the checkpoint.
+    assert restored.frozen is template.frozen
+    assert found["batches"] == extra["batches"]
+    assert found["pending"][0][1]["loss"] == 0.1
+    assert np.isnan(found["pending"][0][1]["nan"])
+
+
+def test_keeps_the_last_few(tmp_path):
+    checkpointer = checkpoint.Checkpointer(tmp_path, keep=2)
+    for step in (2, 4, 6):
+        checkpointer.save(step, new_state(float(step)), {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["4", "6"]
+    assert checkpointer.latest_step() == 6
+    # Saving a step again changes nothing.
+    checkpointer.save(6, new_state(9.0), {})
+    restored, _ = checkpointer.restore_latest(new_state())
+    assert_same(restored.params, new_state(6.0).params)
+
+
+def test_an_interrupted_save_is_invisible_and_swept(tmp_path):
+    checkpointer = checkpoint.Checkpointer(tmp_path)
+    checkpointer.save(2, new_state(2.0), {"n": 2})
+    checkpointer.close()
+    partial = tmp_path / "4.orbax-checkpoint-tmp"
+    (partial / "state").mkdir(parents=True)
+    again = checkpoint.Checkpointer(tmp_path)
+    assert again.latest_step() == 2
+    assert again.restore_latest(new_state())[1] == {"n": 2}
+    assert not partial.exists()
+    again.save(4, new_state(4.0), {})
+    assert again.latest_step() == 4
+
+
+def test_restores_onto_another_mesh(tmp_path):
+    checkpointer = checkpoint.Checkpointer(tmp_path)
+    checkpointer.save(1, new_state(5.0, mesh=sharding.make_mesh({"fsdp": 4})), {})
+    for mesh in (sharding.make_mesh({"data": 2, "fsdp": 2}), None):
+        template = new_state(1.0, mesh=mesh)
+        restored, _ = checkpoint.Checkpointer(tmp_path).restore_latest(template)
+        assert_same(restored.params, new_state(5.0).params)
+        placed = lambda s: jax.tree.map(lambda x: x.sharding, s)
+        assert placed(restored) == placed(template)
+
+
+def test_another_shape_is_an_error_that_names_it(tmp_path):
+    checkpointer = checkpoint.Checkpointer(tmp_path)
+    checkpointer.save(1, new_state(width=4), {})
+    message = r"/1 does not fit.*params/params/kernel is \(8, 4\), wanted \(8, 5\)"
+    with pytest.raises(checkpoint.CheckpointError, match=message):
+        checkpointer.restore_latest(new_state(width=5))
+
+
+def test_params_with_meta(tmp_path):
+    variables = {
+        "params": {"kernel": jnp.arange(8.0).reshape(4, 2), "half": jnp.ones(3, jnp.bfloat16)}
+    }
+    checkpoint.save_params(tmp_path / "p", variables, {"vocab": 512})
+    checkpoint.save_params(tmp_path / "p", variables, {"vocab": 513})
+    loaded, meta = checkpoint.load_params(tmp_path / "p")
+    assert meta == {"vocab": 513}
+    assert_same(loaded, variables)
+    assert loaded["params"]["half"].dtype == jnp.bfloat16
+    mesh = sharding.make_mesh({"fsdp": 2})
+    shardings = jax.tree.map(lambda _: NamedSharding(mesh, P()), variables)
+    shardings["params"]["kernel"] = NamedSharding(mesh, P("fsdp"))
+    spread, _ = checkpoint.load_params(tmp_path / "p", shardings)
+    assert spread["params"]["kernel"].sharding.spec == P("fsdp")
+    assert_same(spread, variables)
+    with pytest.raises(checkpoint.CheckpointError, match="none: no such checkpoint"):
+        checkpoint.load_params(tmp_path / "none")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_parts(tmp_path, dtype):
+    part = {"lora": {"q": {"a": np.float32([[0.1, 2.0]]), "count": np.int32([3])}}}
+    checkpoint.save_part(tmp_path / "x" / "part.safetensors", part, {"rank": 1}, dtype)
+    loaded, meta = checkpoint.load_part(tmp_path / "x" / "part.safetensors")
+    assert meta == {"rank": 1}
+    kinds = {"bfloat16": ml_dtypes.bfloat16}
+    expected = part["lora"]["q"]["a"].astype(kinds.get(dtype, dtype))
+    assert loaded["lora"]["q"]["a"].dtype == expected.dtype
+    np.testing.assert_array_equal(loaded["lora"]["q"]["a"], expected)
+    np.testing.assert_array_equal(loaded["lora"]["q"]["count"], [3])
+    wide, _ = checkpoint.load_part(tmp_path / "x" / "part.safetensors", "float32")
+    assert wide["lora"]["q"]["a"].dtype == np.float32
+    assert [path.name for path in (tmp_path / "x").iterdir()] == ["part.safetensors"]
+
+
+def test_bad_parts_are_errors(tmp_path):
+    path = tmp_path / "part.safetensors"
+    with pytest.raises(checkpoint.CheckpointError, match="a/b exceeds the range of float16"):
+        checkpoint.save_part(path, {"a": {"b": np.float32([1e6])}}, {}, "float16")
+    with pytest.raises(checkpoint.CheckpointError, match="no such file"):
+        checkpoint.load_part(path)
+    checkpoint.save_part(path, {"a": np.ones(100, np.float32)}, {})
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(checkpoint.CheckpointError, match="not a whole safetensors file"):
+        checkpoint.load_part(path)
+    with pytest.raises(ValueError, match="'int8'"):
+        checkpoint.save_part(path, {"a": np.ones(1)}, {}, "int8")
