@@ -151,10 +151,14 @@ def _espeak(text: str, delivery: Delivery, rate_wpm: int, rate_hz: int) -> np.nd
     with _espeak_lock:
         library = ctypes.CDLL(espeakng_loader.get_library_path())
         try:
-            data = os.fsencode(espeakng_loader.get_data_path())
-            actual_hz = library.espeak_Initialize(_SYNCHRONOUS, 0, data, _DONT_EXIT)
+            folder = espeakng_loader.get_data_path()
+            actual_hz = library.espeak_Initialize(_SYNCHRONOUS, 0, os.fsencode(folder), _DONT_EXIT)
             if actual_hz != rate_hz:
-                raise AudioError(f"espeak cannot start from {data!r} (returned {actual_hz})")
+                # Its buffers for paths are short (N_PATH_HOME = 160 in espeak-ng's speech.h).
+                raise AudioError(
+                    f"espeak cannot start from {folder}: install the environment under a shorter "
+                    "path (150 characters at most), or reinstall espeakng-loader"
+                )
             library.espeak_SetSynthCallback(callback)
             if library.espeak_SetVoiceByName(delivery.voice.encode()):
                 raise AudioError(f"espeak has no voice {delivery.voice!r}")
