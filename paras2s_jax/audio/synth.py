@@ -159,6 +159,8 @@ def _espeak(text: str, delivery: Delivery, rate_wpm: int, rate_hz: int) -> np.nd
                     f"espeak cannot start from {folder}: install the environment under a shorter "
                     "path (150 characters at most), or reinstall espeakng-loader"
                 )
+            # espeak_Initialize seeds the noise of breathy voices from the clock.
+            library.espeak_ng_SetRandSeed(ctypes.c_long(1))
             library.espeak_SetSynthCallback(callback)
             if library.espeak_SetVoiceByName(delivery.voice.encode()):
                 raise AudioError(f"espeak has no voice {delivery.voice!r}")
