@@ -89,28 +89,13 @@ def fit(
         row written is their mean over these steps.
     make_batch: from the numpy batch to what `update` takes, e.g. `shard_batch`.
     """
-    pending = _Pending([])
-    restored = checkpointer.restore_latest(state) if checkpointer else None
-    if restored:
-        state, extra = restored
-        batches.restore(extra["batches"])
-        pending = _Pending(extra["pending"])
+    state, pending = _resume(state, batches, checkpointer)
     step = int(state.step)
-    is_main = jax.process_index() == 0
-    writer = writer if is_main else None
+    writer = writer if jax.process_index() == 0 else None
     if writer:
         writer.truncate(step)
     source = iter(batches)
-    with tqdm.tqdm(
-        desc=progress_label,
-        total=num_steps,
-        initial=step,
-        # In a log file every update of the bar is a line.
-        mininterval=0.5 if sys.stderr.isatty() else 30.0,
-        unit="step",
-        disable=not is_main,
-        dynamic_ncols=True,
-    ) as bar:
+    with _progress_bar(progress_label, step, num_steps) as bar:
         clock, clock_step = time.monotonic(), step
         while step < num_steps:
             batch = _next(source, step)
@@ -123,17 +108,40 @@ def fit(
             if logs or saves:
                 pending.fetch()
             if logs:
-                now = time.monotonic()
-                speed = (step - clock_step) / max(now - clock, 1e-9)
-                clock, clock_step = now, step
-                row = pending.take_means()
+                row, now = pending.take_means(), time.monotonic()
                 if writer:
-                    writer.write(step, row, {"steps_per_s": speed})
+                    writer.write(step, row, {"steps_per_s": (step - clock_step) / (now - clock)})
                 bar.set_postfix_str(metrics.metric_line(row), refresh=False)
+                clock, clock_step = now, step
             if saves:
                 extra = {"batches": batches.state(), "pending": pending.fetched}
                 checkpointer.save(step, state, extra)
     return state
+
+
+def _resume(
+    state: state_lib.TrainState, batches: Source, checkpointer: checkpoint.Checkpointer | None
+) -> tuple[state_lib.TrainState, _Pending]:
+    """Puts state, data and metrics where the last checkpoint left them."""
+    restored = checkpointer.restore_latest(state) if checkpointer else None
+    if restored is None:
+        return state, _Pending([])
+    state, extra = restored
+    batches.restore(extra["batches"])
+    return state, _Pending(extra["pending"])
+
+
+def _progress_bar(label: str, step: int, num_steps: int) -> tqdm.tqdm:
+    return tqdm.tqdm(
+        desc=label,
+        total=num_steps,
+        initial=step,
+        # In a log file every update of the bar is a line.
+        mininterval=0.5 if sys.stderr.isatty() else 30.0,
+        unit="step",
+        disable=jax.process_index() != 0,
+        dynamic_ncols=True,
+    )
 
 
 def _next(source: Iterator, step: int) -> Mapping[str, Any]:
