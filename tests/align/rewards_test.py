@@ -1,0 +1,119 @@
+"""The reward model: scores, sharing within groups, padding, loss."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from paras2s_jax.align import rewards
+
+
+@pytest.fixture(scope="module")
+def variables(reward_model):
+    return reward_model.init(jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def waves():
+    """Two queries and three answers to each, of different lengths, zero-padded."""
+    rng = np.random.default_rng(0)
+    query, query_len = rng.normal(0, 0.1, (2, 6400)), np.array([6400, 4000])
+    answer = rng.normal(0, 0.1, (2, 3, 4800))
+    answer_len = np.array([[4800, 3000, 4800], [2000, 4800, 0]])
+    query[np.arange(6400) >= query_len[:, None]] = 0
+    answer[np.arange(4800) >= answer_len[..., None]] = 0
+    return tuple(
+        jnp.asarray(x) for x in (query.astype("f4"), query_len, answer.astype("f4"), answer_len)
+    )
+
+
+def test_two_hot_by_hand():
+    got = rewards.two_hot(jnp.array([3.0, 4.25, 1.0, 5.0]))
+    want = [[0, 0, 1, 0, 0], [0, 0, 0, 0.75, 0.25], [1, 0, 0, 0, 0], [0, 0, 0, 0, 1]]
+    np.testing.assert_allclose(got, want)
+
+
+def test_expected_score_by_hand():
+    # Equal logits: (1 + 2 + 3 + 4 + 5) / 5. Logits 0 and ln 3 on 4 and 5: (4 + 3 * 5) / 4.
+    assert float(rewards.expected_score(jnp.zeros(5))) == pytest.approx(3.0)
+    off = -1e9
+    logits = jnp.array([off, off, off, 0.0, np.log(3.0)])
+    assert float(rewards.expected_score(logits)) == pytest.approx(19 / 4)
+
+
+def test_answers_of_a_group_share_the_query_exactly(reward_model, variables, waves):
+    query, query_len, answer, answer_len = waves
+    score = jax.jit(reward_model.score)
+    grouped = np.asarray(score(variables, *waves))
+    alone = np.asarray(
+        score(
+            variables,
+            jnp.repeat(query, 3, axis=0),
+            jnp.repeat(query_len, 3),
+            answer.reshape(6, 1, -1),
+            answer_len.reshape(6, 1),
+        )
+    ).reshape(2, 3)
+    np.testing.assert_allclose(grouped, alone, atol=1e-5)
+    assert np.isnan(grouped[1, 2])  # No samples: nothing to judge.
+    real = grouped[~np.isnan(grouped)]
+    assert ((real >= 1) & (real <= 5)).all() and real.std() > 1e-4
+
+
+def test_padding_changes_nothing(reward_model, variables, waves):
+    query, query_len, answer, answer_len = waves
+    score = jax.jit(reward_model.score)
+    longer = score(
+        variables,
+        jnp.pad(query, ((0, 0), (0, 3200)), constant_values=0.3),
+        query_len,
+        jnp.pad(answer, ((0, 0), (0, 0), (0, 1600)), constant_values=0.3),
+        answer_len,
+    )
+    np.testing.assert_allclose(longer, score(variables, *waves), atol=1e-5)
+
+
+def test_both_waves_matter(reward_model, variables, waves):
+    query, query_len, answer, answer_len = waves
+    score = jax.jit(reward_model.score)
+    base = np.asarray(score(variables, *waves))[0]
+    other_query = np.asarray(score(variables, query * 0.01, query_len, answer, answer_len))[0]
+    other_answer = np.asarray(score(variables, query, query_len, answer * 0.01, answer_len))[0]
+    assert np.abs(base - other_query).max() > 1e-5
+    assert np.abs(base - other_answer).max() > 1e-5
+
+
+def test_loss_is_the_cross_entropy_of_the_score_token(reward_model, variables, waves):
+    query, query_len, answer, answer_len = waves
+    batch = {
+        "query": query,
+        "query_len": query_len,
+        "answer": answer[:, 0],
+        "answer_len": answer_len[:, 0],
+        "score": jnp.array([2.0, 3.5]),
+    }
+    sums = rewards.make_loss(reward_model)(variables, batch, None)
+    logits = reward_model.logits(variables, query, query_len, answer[:, :1], answer_len[:, :1])
+    logp = np.asarray(jax.nn.log_softmax(logits[:, 0]))
+    one, two, three, four, five = reward_model.prompt.digit_ids
+    want = -logp[0, two] - 0.5 * logp[1, three] - 0.5 * logp[1, four]
+    np.testing.assert_allclose(sums.loss_sum, want, rtol=1e-5)
+    assert float(sums.weight) == 2.0
+    assert len({one, two, three, four, five}) == 5
+
+
+def test_a_trained_tower_is_taken_over(reward_model, variables):
+    tower = jax.tree.map(lambda x: x + 1.0, variables["params"]["audio_tower"])
+    taken = reward_model.init(jax.random.key(0), tower=tower)
+    jax.tree.map(np.testing.assert_array_equal, taken["params"]["audio_tower"], tower)
+    with pytest.raises(ValueError, match="shapes"):
+        reward_model.init(jax.random.key(0), tower={"norm": jnp.zeros(3)})
+
+
+def test_digits_must_be_single_tokens():
+    class Splitting:
+        def encode(self, text):
+            return [7, *text.encode()]
+
+    with pytest.raises(ValueError, match="single tokens"):
+        rewards.score_prompt(Splitting())
