@@ -1,3 +1,3 @@
-"""ParaS2S in JAX: benchmark, judge and RL recipe for speech-to-speech models that listen to style."""
+"""ParaS2S in JAX: benchmark, judge and RL recipe for speech models that listen to style."""
 
 __version__ = "0.1.0"

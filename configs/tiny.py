@@ -1,0 +1,201 @@
+"""The whole method on a laptop CPU, nothing downloaded but packages.
+
+    paras2s align --config=configs/tiny.py --workdir=runs/tiny
+
+Two cores, minutes, under 6 GB of memory. The small pretrained parts (codec, recogniser, tone namer,
+tokenizers, tone-deaf base policy) come with the package; `configs/tiny.py:from_scratch` trains them
+first.
+"""
+
+import ml_collections
+from ml_collections import ConfigDict
+
+LEN_BUCKETS_S = (1.5, 2.0, 3.0, 4.2)
+
+
+def whisper(**fields) -> ConfigDict:
+    """A small Whisper: 16 kHz, 80 mels, 50 frames a second."""
+    base = dict(
+        d_model=96,
+        encoder_layers=3,
+        encoder_attention_heads=4,
+        encoder_ffn_dim=288,
+        num_mel_bins=80,
+        max_source_positions=216,
+    )
+    return ConfigDict(base | fields)
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    """Builds the config.
+
+    Args:
+        arg: None for the packaged parts, "from_scratch" to train them too.
+
+    Raises:
+        ValueError: any other arg.
+    """
+    if arg not in (None, "", "from_scratch"):
+        raise ValueError(f"configs/tiny.py takes no argument or :from_scratch, not :{arg}.")
+    c = ConfigDict()
+    c.seed = 0
+    c.mesh = ConfigDict(dict(data=1, fsdp=1, tensor=1))
+
+    # Speech, all at 16 kHz.
+    c.synthesize = ConfigDict(
+        dict(synthesizer="espeak", options={}, num_workers=2, sizes=dict(train_voices=4))
+    )
+
+    # The small parts that everything else stands on.
+    c.pretrain = ConfigDict()
+    c.pretrain.source = "train" if arg else "tiny"
+    c.pretrain.text_vocab_size = 512
+    c.pretrain.copies_of_others = 800
+    c.pretrain.codec = ConfigDict(dict(num_codes=1024, num_answers=900, num_others=700))
+    c.pretrain.asr = ConfigDict(
+        dict(
+            model=whisper(
+                decoder_layers=2,
+                decoder_attention_heads=4,
+                decoder_ffn_dim=288,
+                max_target_positions=64,
+            ),
+            recipe=dict(
+                num_steps=1300, batch_size=48, lr=2e-3, warmup_steps=150,
+                len_buckets_s=LEN_BUCKETS_S,
+            ),
+            vocab_size=384,
+        )
+    )  # fmt: skip
+    c.pretrain.tone = ConfigDict(
+        dict(
+            model=whisper(
+                d_model=64, encoder_layers=2, encoder_ffn_dim=192, classifier_proj_size=64
+            ),
+            recipe=dict(
+                num_steps=500, batch_size=48, lr=1e-3, warmup_steps=50, len_buckets_s=LEN_BUCKETS_S
+            ),
+        )
+    )
+
+    # Style analyzers start from the recogniser's encoder.
+    c.polytone = ConfigDict(
+        dict(
+            classifier_proj_size=64,
+            recipe=dict(
+                num_steps=150, batch_size=32, lr=5e-4, warmup_steps=20, len_buckets_s=LEN_BUCKETS_S
+            ),
+        )
+    )
+
+    # The policy: a small Kimi-Audio. Text ids 0-511, specials 512-551, speech codes from 552.
+    c.policy = ConfigDict()
+    c.policy.model = ConfigDict(
+        dict(
+            vocab_size=512 + 40 + 1024,
+            hidden_size=160,
+            intermediate_size=448,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            rope_theta=10_000.0,
+            bos_token_id=512,
+            pad_token_id=551,
+            kimia_mimo_layers=1,
+            kimia_mimo_audiodelaytokens=6,
+            kimia_mimo_transformer_from_layer_index=2,
+            kimia_token_offset=552,
+            kimia_adaptor_input_dim=4 * 96,
+        )
+    )
+    c.policy.max_steps = 48
+    c.policy.scan_unroll = 4
+    c.policy.remat = "none"
+    c.policy.griffin_lim_iters = 8
+    c.policy.text_sampling = ConfigDict(dict(temperature=0.8, top_k=10))
+    c.policy.audio_sampling = ConfigDict(dict(temperature=0.8, top_k=10))
+
+    demonstrations = dict(
+        batch_size=32,
+        accum_steps=1,
+        lr=1e-3,
+        warmup_steps=20,
+        weight_decay=0.01,
+        schedule="cosine",
+        save_every=200,
+        len_buckets_s=(1.5, 2.0, 3.0, 3.6),
+        token_buckets=(32,),
+        max_bad_share=0.01,
+    )
+    c.base = ConfigDict(demonstrations | dict(num_steps=400, neutral_repeats=3))
+    c.sft = ConfigDict(demonstrations | dict(num_steps=200, num_demonstrations=160))
+    c.sft_5x = ConfigDict(demonstrations | dict(num_steps=400, num_demonstrations=800))
+
+    c.judge = ConfigDict(dict(batch_size=32))
+    c.distill = ConfigDict(
+        demonstrations
+        | dict(
+            num_queries=288,
+            num_samples=8,
+            sample_batch_size=8,
+            text_sampling=dict(temperature=1.0, top_k=20),
+            audio_sampling=dict(temperature=1.0, top_k=20),
+            len_buckets_s=(2.0, 3.0),
+            pair_buckets_s=(2.0, 3.0, 4.0),
+            held_out_share=0.15,
+            num_steps=300,
+            lr=2e-3,
+            trainable="lora|projector",
+            model=dict(
+                text=dict(
+                    hidden_size=96,
+                    intermediate_size=256,
+                    num_hidden_layers=3,
+                    num_attention_heads=4,
+                    num_key_value_heads=2,
+                    rope_theta=10_000.0,
+                ),
+                lora_rank=16,
+                lora_alpha=32.0,
+                audio_lora_rank=16,
+                audio_lora_targets=("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+                scan_unroll=3,
+            ),
+        )
+    )
+    c.grpo = ConfigDict(
+        dict(
+            group_size=8,
+            beta=0.2,
+            clip_low=0.2,
+            clip_high=0.2,
+            kl_estimator="k3",
+            loss_type="grpo",
+            scale_by_std=True,
+            num_epochs=1,
+            accum_steps=1,
+            num_prompts=8,
+            num_steps=80,
+            lr=3e-4,
+            warmup_steps=5,
+            weight_decay=0.0,
+            schedule="constant",
+            save_every=20,
+            len_buckets_s=(2.0, 3.0),
+            max_bad_share=0.01,
+            audit_every=10,
+            audit_prompts=4,
+        )
+    )
+    c.bench = ConfigDict(
+        dict(
+            batch_size=48,
+            len_buckets_s=(2.0, 3.0),
+            num_samples=1,
+            use_labels=False,
+            num_workers=2,
+            num_probes=60,
+            sentences_in_report=4,
+        )
+    )
+    return c
