@@ -1,0 +1,117 @@
+"""Strict two-way conversion on tables small enough to follow by hand."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from paras2s_jax.convert.rules import (
+    CONV1D,
+    LINEAR,
+    Checkpoint,
+    ConversionError,
+    Rule,
+    export_params,
+    import_params,
+    write_checkpoint,
+)
+
+RULES = [
+    Rule("blocks.{i}.fc.weight", "blocks/fc/kernel", LINEAR, range(1, 3)),
+    Rule("up.{i}.bias", "up_{i}/bias", over=range(2)),
+    Rule("conv.weight", "conv/kernel", CONV1D),
+]
+
+
+def _tensors() -> dict[str, np.ndarray]:
+    return {
+        "blocks.1.fc.weight": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "blocks.2.fc.weight": np.arange(6, 12, dtype=np.float32).reshape(2, 3),
+        "up.0.bias": np.ones(2, np.float32),
+        "up.1.bias": np.full(3, 2, np.float32),
+        "conv.weight": np.arange(24, dtype=np.float32).reshape(2, 3, 4),
+    }
+
+
+def _expected() -> dict:
+    def zeros(*shape):
+        return np.zeros(shape, np.float32)
+
+    return {
+        "blocks": {"fc": {"kernel": zeros(2, 3, 2)}},
+        "up_0": {"bias": zeros(2)},
+        "up_1": {"bias": zeros(3)},
+        "conv": {"kernel": zeros(4, 3, 2)},
+    }
+
+
+def test_stacks_transposes_and_numbers():
+    params = import_params(_tensors(), RULES, _expected())
+    # Block 1 is [[0, 1, 2], [3, 4, 5]] as [out, in]; its kernel is [in, out].
+    np.testing.assert_array_equal(params["blocks"]["fc"]["kernel"][0], [[0, 3], [1, 4], [2, 5]])
+    np.testing.assert_array_equal(params["blocks"]["fc"]["kernel"][1][:, 0], [6, 7, 8])
+    np.testing.assert_array_equal(params["up_1"]["bias"], [2, 2, 2])
+    assert params["conv"]["kernel"][3, 1, 0] == _tensors()["conv.weight"][0, 1, 3]
+
+
+def test_export_inverts_import():
+    tensors = export_params(import_params(_tensors(), RULES, _expected()), RULES)
+    assert set(tensors) == set(_tensors())
+    for key, value in _tensors().items():
+        np.testing.assert_array_equal(tensors[key], value)
+
+
+def test_every_mismatch_is_listed():
+    tensors = _tensors()
+    del tensors["up.1.bias"]
+    tensors["head.weight"] = np.zeros(1, np.float32)
+    expected = _expected() | {"norm": {"scale": np.zeros(1)}}
+    with pytest.raises(ConversionError) as error:
+        import_params(tensors, RULES, expected, name="a.safetensors")
+    message = str(error.value)
+    assert "a.safetensors" in message
+    assert "missing from it: up.1.bias" in message
+    assert "not used by the model: head.weight" in message
+    assert "parameters left empty: norm/scale" in message
+
+
+def test_ignored_keys_may_stay():
+    tensors = _tensors() | {"rotary.inv_freq": np.zeros(1, np.float32)}
+    import_params(tensors, RULES, _expected(), ignore=[r"rotary\..*"])
+
+
+def test_wrong_shape_is_named():
+    tensors = _tensors() | {"conv.weight": np.zeros((2, 3, 5), np.float32)}
+    with pytest.raises(ConversionError, match=r"conv/kernel \(5, 3, 2\), model has \(4, 3, 2\)"):
+        import_params(tensors, RULES, _expected())
+
+
+def test_export_refuses_parameters_without_a_rule():
+    params = import_params(_tensors(), RULES, _expected()) | {"lora": {"a": np.zeros(1)}}
+    with pytest.raises(ConversionError, match="without a rule: lora/a"):
+        export_params(params, RULES)
+
+
+def test_sharded_bfloat16_checkpoint_comes_back(tmp_path):
+    tensors = {key: value.astype(ml_dtypes.bfloat16) for key, value in _tensors().items()}
+    write_checkpoint(tmp_path, tensors, max_shard_bytes=30)
+    files = {path.name for path in tmp_path.iterdir()}
+    assert "model.safetensors.index.json" in files and len(files) > 2
+    back = Checkpoint(tmp_path)
+    assert set(back) == set(tensors) and len(back) == 5
+    params = import_params(back, RULES, _expected())
+    assert params["conv"]["kernel"].dtype == np.float32
+    np.testing.assert_array_equal(params["conv"]["kernel"][3, 1, 0], 7)
+
+
+def test_one_file_without_shards(tmp_path):
+    write_checkpoint(tmp_path / "out", _tensors())
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.safetensors"]
+    assert set(Checkpoint(tmp_path / "out" / "model.safetensors")) == set(_tensors())
+
+
+def test_checkpoint_names_the_empty_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no \.safetensors file"):
+        Checkpoint(tmp_path)
+    save_file({"x": np.zeros(1, np.float32)}, tmp_path / "a.safetensors")
+    assert list(Checkpoint(tmp_path)) == ["x"]

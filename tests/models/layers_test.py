@@ -1,0 +1,125 @@
+"""Layers against hand-derived values, numpy and peft."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from paras2s_jax.models import axes, layers
+
+
+def test_dense_computes_x_kernel_plus_bias_and_names_its_axes():
+    model = layers.Dense(2, kernel_axes=(axes.EMBED, axes.MLP))
+    boxed = model.init(jax.random.key(0), jnp.zeros((1, 3)))
+    assert boxed["params"]["kernel"].names == ("embed", "mlp")
+    assert boxed["params"]["bias"].names == ("mlp",)
+    kernel = jnp.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    params = {"kernel": kernel, "bias": jnp.array([0.5, -0.5])}
+    # [1, 0, 2] @ kernel = [1 + 10, 2 + 12].
+    y = model.apply({"params": params}, jnp.array([[[1.0, 0.0, 2.0]]]))
+    np.testing.assert_allclose(y, [[[11.5, 13.5]]])
+
+
+def test_dense_out_dtype_keeps_the_accumulator():
+    model = layers.Dense(1, use_bias=False, dtype=jnp.bfloat16, out_dtype=jnp.float32)
+    params = {"kernel": jnp.array([[1.0], [1.0]])}
+    # 256 + 1 needs 9 bits of mantissa; bfloat16 has 8 and would return 256.
+    y = model.apply({"params": params}, jnp.array([[256.0, 1.0]]))
+    assert y.dtype == jnp.float32
+    assert y[0, 0] == 257.0
+
+
+def test_fresh_lora_changes_nothing_and_trained_lora_adds_its_product():
+    model = layers.Dense(3, lora_rank=2, lora_alpha=6.0)
+    x = jax.random.normal(jax.random.key(1), (5, 4))
+    variables = nn.meta.unbox(model.init(jax.random.key(0), x))
+    a, b = variables["lora"]["a"], variables["lora"]["b"]
+    assert a.shape == (4, 2) and b.shape == (2, 3)
+    assert jnp.all(jnp.abs(a) <= 0.5) and jnp.any(jnp.abs(a) > 0.25)  # 1 / sqrt(4)
+    plain = layers.Dense(3).apply({"params": variables["params"]}, x)
+    np.testing.assert_array_equal(model.apply(variables, x), plain)
+    variables["lora"]["b"] = jax.random.normal(jax.random.key(2), b.shape)
+    want = plain + 3.0 * x @ a @ variables["lora"]["b"]  # alpha / r = 3
+    np.testing.assert_allclose(model.apply(variables, x), want, atol=1e-5)
+
+
+def test_rms_norm_by_hand():
+    # rms([3, 4]) = sqrt(12.5); scale [2, 1].
+    y = layers.RMSNorm(0.0).apply({"params": {"scale": jnp.array([2.0, 1.0])}}, jnp.array([3.0, 4]))
+    np.testing.assert_allclose(y, [6 / 12.5**0.5, 4 / 12.5**0.5], rtol=1e-6)
+
+
+def test_layer_norm_by_hand():
+    # [1, 3]: mean 2, standard deviation 1 -> [-1, 1] * scale + bias.
+    params = {"scale": jnp.array([2.0, 3.0]), "bias": jnp.array([0.0, 1.0])}
+    y = layers.LayerNorm(0.0).apply({"params": params}, jnp.array([1.0, 3.0]))
+    np.testing.assert_allclose(y, [-2.0, 4.0], rtol=1e-6)
+
+
+def test_rope_turns_half_split_pairs():
+    # H = 4, theta = 100: angles at position 1 are 1 and 100^(-1/2) = 0.1; pairs (0, 2), (1, 3).
+    cos, sin = layers.rope_angles(jnp.array([[1]]), 4, 100.0)
+    y = layers.rope(jnp.array([[[[1.0, 0.0, 0.0, 1.0]]]]), cos, sin)
+    np.testing.assert_allclose(
+        y[0, 0, 0], [np.cos(1.0), -np.sin(0.1), np.sin(1.0), np.cos(0.1)], rtol=1e-6
+    )
+
+
+def test_rope_scores_depend_on_distance_only():
+    q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
+
+    @jax.jit
+    def score(at_q, at_k):
+        turned_q = layers.rope(q, *layers.rope_angles(at_q[None, None], 8, 1e4))
+        turned_k = layers.rope(k, *layers.rope_angles(at_k[None, None], 8, 1e4))
+        return jnp.sum(turned_q * turned_k)
+
+    at = jnp.arange(200)
+    np.testing.assert_allclose(score(at[7], at[3]), score(at[104], at[100]), rtol=1e-4)
+    assert abs(score(at[7], at[3]) - score(at[7], at[4])) > 1e-3
+
+
+def _attention_by_hand(q, k, v, mask):
+    """Per-head numpy attention. q: [B, T, N, H]; k, v: [B, S, K, H]; mask: bool[B, T, S]."""
+    out = np.zeros_like(q)
+    group = q.shape[2] // k.shape[2]
+    for b, t, n in np.ndindex(q.shape[:3]):
+        scores = k[b, :, n // group] @ q[b, t, n] / q.shape[-1] ** 0.5
+        weights = np.where(mask[b, t], np.exp(scores - scores.max()), 0)
+        out[b, t, n] = weights @ v[b, :, n // group] / weights.sum()
+    return out
+
+
+def test_attend_matches_numpy_with_grouped_heads_and_mask():
+    rng = np.random.default_rng(0)
+    q = rng.normal(size=(2, 3, 6, 4)).astype(np.float32)
+    k, v = rng.normal(size=(2, 2, 5, 2, 4)).astype(np.float32)
+    mask = rng.random((2, 3, 5)) < 0.6
+    mask[..., 0] = True
+    got = jax.jit(layers.attend)(q, k, v, jnp.asarray(mask)[:, None])
+    np.testing.assert_allclose(got, _attention_by_hand(q, k, v, mask), atol=1e-5)
+
+
+@pytest.mark.parametrize("group", [1, 3])
+def test_segments_share_one_softmax_and_never_mix_rows(group):
+    # 2 prompts with `group` rows each; by hand the shared keys are repeated for each row.
+    rng = np.random.default_rng(1)
+    rows = 2 * group
+    q = rng.normal(size=(rows, 3, 4, 6)).astype(np.float32)
+    shared_k, shared_v = rng.normal(size=(2, 2, 5, 2, 6)).astype(np.float32)
+    own_k, own_v = rng.normal(size=(2, rows, 3, 2, 6)).astype(np.float32)
+    shared_mask = np.array([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]], bool)
+    own_mask = np.tril(np.ones((3, 3), bool))
+    got = jax.jit(layers.attend_segments)(
+        q,
+        [
+            layers.Segment(shared_k, shared_v, shared_mask[:, None]),
+            layers.Segment(own_k, own_v, own_mask[None]),
+        ],
+    )
+    k = np.concatenate([np.repeat(shared_k, group, 0), own_k], axis=1)
+    v = np.concatenate([np.repeat(shared_v, group, 0), own_v], axis=1)
+    seen = np.repeat(np.repeat(shared_mask, group, 0)[:, None], 3, 1)
+    mask = np.concatenate([seen, np.repeat(own_mask[None], rows, 0)], axis=-1)
+    np.testing.assert_allclose(got, _attention_by_hand(q, k, v, mask), atol=1e-5)
