@@ -13,6 +13,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+
 # Keys per SELECT: SQLite allows 999 bound variables in its oldest default build.
 _KEYS_PER_QUERY = 500
 
@@ -44,6 +47,18 @@ def file_digest(path: str | Path) -> str:
     """sha256 (hex) of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def params_digest(variables: Mapping[str, Any]) -> str:
+    """sha256 (hex) of a tree of arrays: names, dtypes, shapes and bytes."""
+    total = hashlib.sha256()
+    for path, leaf in sorted(
+        (jax.tree_util.keystr(path), np.asarray(leaf))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(variables)
+    ):
+        total.update(f"{path} {leaf.dtype} {leaf.shape}".encode())
+        total.update(np.ascontiguousarray(leaf).tobytes())
+    return total.hexdigest()
 
 
 def ledger_key(stage: str, inputs: Any, model_id: str, settings: Mapping[str, Any]) -> str:

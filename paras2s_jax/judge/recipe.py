@@ -1,0 +1,70 @@
+"""What training the judge's models has in common: the recipe's numbers, start, codec copies."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from paras2s_jax.models.whisper_layers import WhisperConfig
+from paras2s_jax.train.optimizer import make_optimizer
+
+# (waves float32[B, L], lens int32[B], rng) → (waves float32[B, L'], lens): inside jit.
+Augment = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a judge model is trained.
+
+    len_buckets_s: lengths that waves are padded to; the longest is also the limit in use.
+    augment_share: share of the rows of a batch that go through the codec, if one is given.
+    """
+
+    num_steps: int
+    batch_size: int = 16
+    lr: float = 1e-3
+    warmup_steps: int = 20
+    weight_decay: float = 0.01
+    len_buckets_s: tuple[float, ...] = (2.0, 4.0)
+    augment_share: float = 0.5
+    seed: int = 0
+    save_every: int = 1000
+    log_every: int = 20
+
+
+def init_variables(model: nn.Module, config: WhisperConfig, seed: int, *args: Any) -> dict:
+    """Fresh, unboxed variables of a model whose first argument is a mel spectrogram."""
+    mel = jnp.zeros((1, 16, config.num_mel_bins))
+    return nn.unbox(jax.jit(model.init)(jax.random.key(seed), mel, *args))
+
+
+def recipe_optimizer(recipe: Recipe) -> optax.GradientTransformation:
+    """AdamW that warms up and then decays to zero at the last step."""
+    return make_optimizer(
+        recipe.lr,
+        warmup_steps=min(recipe.warmup_steps, recipe.num_steps),
+        total_steps=recipe.num_steps,
+        weight_decay=recipe.weight_decay,
+    )
+
+
+def augment_rows(
+    waves: jax.Array, lens: jax.Array, augment: Augment | None, recipe: Recipe, rng: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Resynthesises the first `augment_share` of the rows, which a shuffled batch has at random.
+
+    waves: float32[B, L]; lens: int32[B]. Returns: the same shapes.
+    """
+    count = round(recipe.augment_share * waves.shape[0])
+    if augment is None or not count:
+        return waves, lens
+    new, new_lens = augment(waves[:count], lens[:count], rng)
+    length = waves.shape[1]
+    new = jnp.pad(new[:, :length], ((0, 0), (0, max(0, length - new.shape[1]))))
+    waves = jnp.concatenate([new, waves[count:]])
+    lens = jnp.concatenate([jnp.minimum(new_lens, length), lens[count:]])
+    return jax.lax.stop_gradient(waves), lens
