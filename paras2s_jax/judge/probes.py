@@ -45,7 +45,7 @@ def build(
     out_dir: Path,
     *,
     seed: int = 0,
-    maker: tuple[str, tuple] = ("espeak", ()),
+    maker: tuple[str, str] = ("espeak", "{}"),
     num_workers: int = 1,
     resynthesize: Resynthesize | None = None,
 ) -> list[Probe]:
@@ -53,7 +53,7 @@ def build(
 
     Args:
         queries: of the dimensions that have two styles.
-        maker: name and options of the synthesizer, see `synthesize.speak`.
+        maker: see `synthesize.speak`.
         resynthesize: passes waves through a codec, so that probes sound like a policy.
     """
     clips = [_spoken_clip(kind, query, bank, seed) for query in queries for kind in SPOKEN]

@@ -33,8 +33,9 @@ from paras2s_jax.train.metrics import MetricWriter
 from paras2s_jax.train.state import TrainState
 from paras2s_jax.train.step import Sums, make_update
 
-PATCH_SAMPLES = 1280  # 80 ms: shuffled pieces keep the sounds of speech and lose its words, and they
-# are what a codec of 12.5 Hz makes of random codes.
+# 80 ms: pieces of speech in random order keep its sounds and lose its words, and sound like what a
+# codec of 12.5 Hz makes of random codes.
+PIECE_SAMPLES = 1280
 
 MODEL_FILE, TOKENIZER_FILE = "asr.safetensors", "tokenizer.json"
 
@@ -275,8 +276,8 @@ def without_words(
     kind_rng, level_rng, noise_rng, shuffle_rng = jax.random.split(rng, 4)
     level = 10 ** jax.random.uniform(level_rng, (count, 1), minval=-3.0, maxval=-0.7)
     noise = level * jax.random.normal(noise_rng, (count, length))
-    num_pieces = length // PATCH_SAMPLES
-    pieces = waves[:count, : num_pieces * PATCH_SAMPLES].reshape(count, num_pieces, PATCH_SAMPLES)
+    num_pieces = length // PIECE_SAMPLES
+    pieces = waves[:count, : num_pieces * PIECE_SAMPLES].reshape(count, num_pieces, PIECE_SAMPLES)
     shuffled = jax.vmap(jax.random.permutation)(jax.random.split(shuffle_rng, count), pieces)
     shuffled = shuffled.reshape(count, -1)
     shuffled = jnp.pad(shuffled, ((0, 0), (0, length - shuffled.shape[1])))
