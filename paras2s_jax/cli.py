@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
+import runpy
 import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 # TensorFlow only feeds data here: its start-up notices help nobody.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 USAGE = """paras2s STAGE --config=configs/X.py [--workdir=DIR] [--config.key=value …]
 
@@ -25,7 +29,11 @@ flags:
 """
 
 
-def _usage(stages) -> str:
+class UsageError(flags.Error):
+    """The command line asks for something that does not exist; one sentence says what."""
+
+
+def _usage(stages: Mapping) -> str:
     width = max(map(len, stages))
     return USAGE.format(
         stages="\n".join(f"  {name:<{width}}  {stage.help}" for name, stage in stages.items())
@@ -33,59 +41,180 @@ def _usage(stages) -> str:
 
 
 def _fail(message: str) -> int:
-    print(f"paras2s: {message}", file=sys.stderr)
+    print(f"paras2s: {' '.join(message.split())}", file=sys.stderr)
     return 2
 
 
-def _parse(argv: list[str]):
-    """Flags of one run.
+def _user_errors() -> tuple[type[Exception], ...]:
+    """Errors whose message tells the user what to do; others are defects and show their trace."""
+    from paras2s_jax.audio.wave import AudioError
+    from paras2s_jax.bench.aggregate import BenchError
+    from paras2s_jax.data.batches import ManifestError
+    from paras2s_jax.data.records import RecordError
+    from paras2s_jax.judge.ledger import LedgerError
+    from paras2s_jax.stages.registry import StageError
+    from paras2s_jax.train.checkpoint import CheckpointError
 
-    Returns:
-        (config, workdir).
+    return (
+        AudioError,
+        BenchError,
+        CheckpointError,
+        LedgerError,
+        ManifestError,
+        RecordError,
+        StageError,
+        FileNotFoundError,
+    )
+
+
+def _did_you_mean(near: Iterable[str]) -> str:
+    near = list(near)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def load_config(spec: str) -> ConfigDict:
+    """The config that a file's `get_config` returns, locked against new keys.
+
+    Args:
+        spec: FILE or FILE:ARG.
 
     Raises:
-        flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError: as
-            ml_collections and absl report a wrong flag, key, type or file.
+        UsageError: there is no such file, or it refuses the argument.
+    """
+    name, colon, arg = spec.partition(":")
+    path = Path(name)
+    if not path.is_file():
+        beside = [str(file) for file in sorted(path.parent.glob("*.py"))]
+        near = _did_you_mean(difflib.get_close_matches(str(path), beside, n=1))
+        raise UsageError(f"there is no config file {name!r}{near or '.'}")
+    try:
+        module = runpy.run_path(name)
+    except SyntaxError as error:
+        raise UsageError(f"{name} is not a config file: {error}.") from error
+    if "get_config" not in module:
+        raise UsageError(f"{name} is not a config file: it has no get_config().")
+    try:
+        config = module["get_config"](*([arg] if colon else []))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    return config.lock()
+
+
+def _leaves(config: ConfigDict, prefix: str = "") -> dict[str, object]:
+    """Every key that can be overridden, dotted, with its value; an empty section is one key."""
+    leaves = {}
+    for key, value in config.items():
+        if isinstance(value, ConfigDict) and len(value):
+            leaves |= _leaves(value, f"{prefix}{key}.")
+        else:
+            leaves[prefix + key] = value
+    return leaves
+
+
+def _check_key(key: str, leaves: Mapping[str, object]) -> None:
+    if key in leaves:
+        return
+    inside = [leaf for leaf in leaves if leaf.startswith(f"{key}.")]
+    if inside:
+        raise UsageError(
+            f"config.{key} is a section: set its keys one by one, "
+            f"for example --config.{inside[0]}={leaves[inside[0]]}"
+        )
+    near = difflib.get_close_matches(key, leaves, n=1, cutoff=0.75)
+    last = key.rpartition(".")[2]
+    near = near or [leaf for leaf in leaves if leaf.rpartition(".")[2] == last][:3]
+    near = _did_you_mean(f"config.{leaf}" for leaf in near)
+    raise UsageError(f"there is no config key config.{key}{near or '.'}")
+
+
+def _check_tuple(key: str, old: tuple, new: tuple) -> None:
+    """Tuples may change their length, not the kind of what they hold."""
+    kinds = {type(value) for value in old} | ({int} if float in map(type, old) else set())
+    wrong = [value for value in new if old and type(value) not in kinds]
+    if wrong:
+        raise UsageError(
+            f"flag --config.{key}: {wrong[0]!r} is not of the type of {old[0]!r}, "
+            f"as in --config.{key}='{old}'."
+        )
+
+
+def parse(argv: list[str]) -> tuple[ConfigDict, str]:
+    """Flags of one run -> (config with its overrides, workdir).
+
+    Args:
+        argv: the program's name, then flags.
+
+    Raises:
+        flags.Error: a flag, key, type or file is wrong; one sentence says which.
     """
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file(
-        "config", None, "Experiment file.", flag_values=values, lock_config=True
-    )
-    flags.DEFINE_string("workdir", None, "Folder for every file of the run.", flag_values=values)
-    rest = values(argv)
-    if len(rest) > 1:
-        raise flags.Error(f"unexpected argument {rest[1]!r}")
-    if values.config is None:
-        raise flags.Error("no --config given, for example --config=configs/tiny.py")
-    name = values["config"].config_filename
-    stem = os.path.splitext(os.path.basename(name))[0]
-    return values.config, values.workdir or os.path.join("runs", stem)
+    flags.DEFINE_string("config", None, "Experiment file.", flag_values=values)
+    values.set_gnu_getopt()
+    rest = values(argv, known_only=True)
+    if not values.config:
+        raise UsageError("no --config given, for example --config=configs/tiny.py")
+    config = load_config(values.config)
+    leaves = _leaves(config)
+    found = [re.match(r"--?(?:no)?config\.([^=]*)", arg) for arg in rest[1:]]
+    keys = [match.group(1) for match in found if match]
+    for key in keys:
+        _check_key(key, leaves)
+
+    overrides = flags.FlagValues()
+    config_flags.DEFINE_config_dict("config", config, flag_values=overrides, sys_argv=rest)
+    flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=overrides)
+    overrides.set_gnu_getopt()
+    try:
+        stray = overrides(rest)[1:]
+    except ValueError as error:
+        # absl's answer to a value for --noconfig.key.
+        raise UsageError(f"{error}.") from error
+    if stray:
+        raise UsageError(f"unexpected argument {stray[0]!r}: overrides are --config.key=value.")
+    made = _leaves(overrides.config)
+    for key in keys:
+        if isinstance(leaves[key], tuple):
+            _check_tuple(key, leaves[key], made[key])
+    stem = re.sub(r"\.py(:|$)", r"\1", os.path.basename(values.config)).strip(":")
+    workdir = overrides.workdir or os.path.join("runs", stem.replace(":", "_"))
+    return overrides.config, workdir
+
+
+def _stage_name(argument: str, stages: Mapping) -> str:
+    if argument.startswith("-"):
+        raise UsageError(f"the stage comes first, as in `paras2s align {argument}`.")
+    if argument not in stages:
+        near = _did_you_mean(difflib.get_close_matches(argument, stages, n=1))
+        raise UsageError(
+            f"there is no stage {argument!r}{near or ';'} `paras2s --help` lists them."
+        )
+    return argument
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script; returns the exit status."""
     argv = list(sys.argv if argv is None else argv)
-    from paras2s_jax.stages.recipe import STAGES, USER_ERRORS
+    from paras2s_jax.stages.recipe import STAGES
     from paras2s_jax.stages.registry import Runner
 
-    if len(argv) < 2 or argv[1] in ("-h", "--help", "help"):
+    if len(argv) < 2:
+        print(_usage(STAGES), file=sys.stderr)
+        return 2
+    if argv[1] == "help" or not {"-h", "--help"}.isdisjoint(argv):
+        if argv[1] in STAGES:
+            print(f"paras2s {argv[1]}: {STAGES[argv[1]].help}\n")
         print(_usage(STAGES))
-        return 0 if len(argv) > 1 else 2
-    name = argv[1]
-    if name not in STAGES:
-        near = difflib.get_close_matches(name, STAGES, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        return _fail(f"there is no stage {name!r}{hint} `paras2s --help` lists them.")
-    if any(a in ("-h", "--help") for a in argv[2:]):
-        print(f"paras2s {name}: {STAGES[name].help}\n\n{_usage(STAGES)}")
         return 0
     try:
-        config, workdir = _parse([argv[0], *argv[2:]])
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        return _fail(str(error).strip().strip("'\"").replace("\n", " "))
-    try:
+        name = _stage_name(argv[1], STAGES)
+        config, workdir = parse([argv[0], *argv[2:]])
         Runner(STAGES, config, workdir).run(name)
-    except USER_ERRORS as error:
+    except KeyboardInterrupt:
+        print("paras2s: interrupted; the same command goes on from there.", file=sys.stderr)
+        return 130
+    except flags.Error as error:
+        return _fail(str(error))
+    except _user_errors() as error:
         return _fail(str(error))
     return 0
 

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import json
 import math
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import jax
 import ml_collections
 from rich.console import Console
 from rich.table import Table
+
+from paras2s_jax import __version__
+
+SUMMARY, SETTINGS = "summary.json", "settings.json"
 
 Figures = dict[str, float]
 
@@ -45,6 +50,21 @@ class Stage:
     sections: tuple[str, ...] = ()
 
 
+@dataclasses.dataclass(frozen=True)
+class Lazy:
+    """A stage's function by its name, imported when it runs: `--help` need not wait for JAX."""
+
+    module: str
+    function: str
+
+    def load(self) -> Callable[[ml_collections.ConfigDict, Path], Figures]:
+        """Imports the function."""
+        return getattr(importlib.import_module(self.module), self.function)
+
+    def __call__(self, config: ml_collections.ConfigDict, workdir: Path) -> Figures:
+        return self.load()(config, workdir)
+
+
 def plain(value: object) -> object:
     """A config value as plain JSON data (tuples become lists)."""
     if isinstance(value, ml_collections.ConfigDict):
@@ -61,22 +81,30 @@ def _differences(old: object, new: object, path: str = "config") -> list[str]:
     return [] if old == new else [f"{path}: {old!r} then, {new!r} now"]
 
 
+@functools.cache
 def _commit() -> str:
     """Commit of the source tree, or the installed version where there is no checkout."""
-    from paras2s_jax import __version__
-
-    here = Path(__file__).resolve().parent
-    found = subprocess.run(
-        ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return found.stdout.strip() if found.returncode == 0 else f"v{__version__}"
+    root = Path(__file__).resolve().parents[2]
+    # Only this tree's own .git counts: an installed copy may lie inside somebody's repository.
+    if (root / ".git").exists() and shutil.which("git"):
+        found = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if found.returncode == 0:
+            return found.stdout.strip()
+    return f"v{__version__}"
 
 
 def _peak_rss_gb() -> float:
-    """Largest resident size of this process or of any finished child, in GB."""
+    """Largest resident size so far of this process or of any one finished child, in GB.
+
+    The system keeps one peak for the whole life of a process: a stage that runs after others in
+    the same process reports the largest of them all. A stage's own peak is that of a run that
+    found everything before it finished.
+    """
     scale = 1.0 if sys.platform == "darwin" else 1024.0
     peak = max(
         resource.getrusage(who).ru_maxrss
@@ -106,17 +134,21 @@ def print_figures(title: str, figures: Figures, console: Console | None = None) 
 
 
 def _figures_for_json(figures: Figures) -> dict[str, float | None]:
-    return {k: (None if math.isnan(v) else float(v)) for k, v in figures.items()}
+    return {k: (float(v) if math.isfinite(v) else None) for k, v in figures.items()}
 
 
 def figures_of(folder: Path) -> Figures:
     """The figures that a finished stage left in its folder (NaN where it had none)."""
-    figures = json.loads((folder / "summary.json").read_text())["figures"]
+    figures = json.loads((folder / SUMMARY).read_text())["figures"]
     return {name: math.nan if value is None else value for name, value in figures.items()}
 
 
 class Runner:
     """Runs stages of one config in one workdir.
+
+    A stage's folder holds settings.json from its start and summary.json from its end: `{stage,
+    config, commit, device, wall_s, peak_rss_gb, figures}`, where config is what the results depend
+    on, wall_s is the time of the run that finished it, and a figure that is not finite is null.
 
     Args:
         stages: every stage by name.
@@ -129,58 +161,97 @@ class Runner:
         self.config = config
         self.workdir = Path(workdir)
 
+    def run(self, name: str) -> Figures:
+        """Runs a stage after what it needs, each once; returns its figures.
+
+        Raises:
+            StageError: a folder in the workdir was made with other settings, or cannot be made,
+                or the config lacks a section.
+        """
+        self._check(self.stages[name])
+        return self._run(name, {})
+
     def _relevant(self, stage: Stage) -> dict[str, object]:
         """The part of the config that the stage's results depend on, prerequisites included."""
+        missing = [key for key in stage.sections if key not in self.config]
+        if missing:
+            raise StageError(f"the config has no {missing[0]!r}, which stage {stage.name} reads.")
         keys = set(stage.sections)
         for name in stage.needs:
             keys |= set(self._relevant(self.stages[name]))
         return {key: plain(self.config[key]) for key in sorted(keys)}
 
-    def _finished(self, stage: Stage) -> Figures | None:
-        path = self.workdir / stage.name / "summary.json"
-        if not path.exists():
-            return None
-        summary = json.loads(path.read_text())
-        changed = _differences(summary["config"], self._relevant(stage))
+    def _is_finished(self, stage: Stage) -> bool:
+        return (self.workdir / stage.name / SUMMARY).exists()
+
+    def _made_with(self, stage: Stage) -> object | None:
+        """The settings with which a stage was finished or begun; None where it made nothing yet."""
+        folder = self.workdir / stage.name
+        if self._is_finished(stage):
+            return json.loads((folder / SUMMARY).read_text())["config"]
+        begun = (folder / SETTINGS).exists() and len(list(folder.iterdir())) > 1
+        return json.loads((folder / SETTINGS).read_text()) if begun else None
+
+    def _check(self, stage: Stage) -> None:
+        """Refuses other settings before any work, for a stage and what it needs.
+
+        A begun stage counts too: its checkpoints would go on under settings they do not come from.
+        """
+        then, now = self._made_with(stage), self._relevant(stage)
+        changed = [] if then is None else _differences(then, now)
         if changed:
             raise StageError(
-                f"{path.parent} was made with other settings ({'; '.join(changed[:3])}): "
+                f"{self.workdir / stage.name} was made with other settings "
+                f"({'; '.join(changed[:3])}): "
                 "give another --workdir, or delete that folder to make it anew."
             )
-        return figures_of(path.parent)
+        if not self._is_finished(stage):
+            for needed in stage.needs:
+                self._check(self.stages[needed])
 
-    def run(self, name: str) -> Figures:
-        """Runs a stage after what it needs; returns its figures.
-
-        Raises:
-            StageError: a finished stage in the workdir was made with other settings.
-        """
+    def _run(self, name: str, done: dict[str, Figures]) -> Figures:
+        if name in done:
+            return done[name]
         stage = self.stages[name]
-        done = self._finished(stage)
-        if done is not None:
+        if self._is_finished(stage):
             print(f"✓ {name}: already finished in {self.workdir / name}")
-            return done
-        for needed in stage.needs:
-            self.run(needed)
-        print(f"▶ {name}: {stage.help}", flush=True)
-        started = time.monotonic()
-        (self.workdir / name).mkdir(parents=True, exist_ok=True)
+            done[name] = figures_of(self.workdir / name)
+        else:
+            for needed in stage.needs:
+                self._run(needed, done)
+            done[name] = self._work(stage)
+        return done[name]
+
+    def _work(self, stage: Stage) -> Figures:
+        folder, config = self.workdir / stage.name, self._relevant(stage)
+        # Asked for at the start: the sources may be edited while the stage runs.
+        commit, started = _commit(), time.monotonic()
+        print(f"▶ {stage.name}: {stage.help}", flush=True)
+        try:
+            write_json(folder / SETTINGS, config)
+        except OSError as error:
+            raise StageError(
+                f"cannot write in {folder} ({error.strerror}): give another --workdir."
+            ) from error
         figures = stage.run(self.config, self.workdir)
         summary = {
-            "stage": name,
-            "config": self._relevant(stage),
-            "commit": _commit(),
+            "stage": stage.name,
+            "config": config,
+            "commit": commit,
             "device": _device(),
             "wall_s": round(time.monotonic() - started, 1),
             "peak_rss_gb": _peak_rss_gb(),
             "figures": _figures_for_json(figures),
         }
-        write_json(self.workdir / name / "summary.json", summary)
-        print_figures(f"{name} ({summary['wall_s']:.0f} s)", figures)
+        write_json(folder / SUMMARY, summary)
+        print_figures(f"{stage.name} ({summary['wall_s']:.0f} s)", figures)
         return figures
 
 
 @functools.cache
 def _device() -> str:
+    # Imported here so that `--help` and a wrong flag are answered at once.
+    import jax
+
     devices = jax.devices()
     return f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})"
