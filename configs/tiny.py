@@ -135,16 +135,17 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     c.distill = ConfigDict(
         demonstrations
         | dict(
-            num_queries=288,
-            num_samples=8,
-            sample_batch_size=8,
+            num_queries=480,
+            num_samples=4,
+            sample_batch_size=16,
             text_sampling=dict(temperature=1.0, top_k=20),
             audio_sampling=dict(temperature=1.0, top_k=20),
             len_buckets_s=(2.0, 3.0),
             pair_buckets_s=(2.0, 3.0, 4.0),
             held_out_share=0.15,
-            num_steps=300,
-            lr=2e-3,
+            num_steps=600,
+            lr=1.5e-3,
+            warmup_steps=40,
             trainable="lora|projector|language_model",
             model=dict(
                 text=dict(
@@ -187,6 +188,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             audit_prompts=4,
         )
     )
+    c.retention = ConfigDict(dict(betas=(0.0,)))
     c.bench = ConfigDict(
         dict(
             batch_size=48,

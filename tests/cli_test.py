@@ -221,3 +221,15 @@ def test_the_real_program_refuses_an_unknown_key():
     assert done.stderr == (
         "paras2s: there is no config key config.grpo.betta; did you mean config.grpo.beta?\n"
     )
+
+
+@pytest.mark.parametrize("args", [["--help"], ["grpo", TINY, "--config.grpo.betta=0"]])
+def test_help_and_wrong_flags_wait_for_no_large_import(args):
+    script = (
+        "import sys; from paras2s_jax import cli; cli.main(sys.argv);"
+        "print('imported', sorted({'jax', 'tensorflow', 'orbax'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *args], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "imported []"

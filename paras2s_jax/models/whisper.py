@@ -382,8 +382,7 @@ def kimi_speech_features(
 ) -> tuple[jax.Array, jax.Array]:
     """Features as the released Kimi-Audio hears them: unmasked, in pieces of 30 s.
 
-    Each piece is normalised, encoded on its own and full (375 steps) but for the last, so that
-    the pieces join without gaps.
+    Pieces are normalised and encoded on their own; all but the last are full, so they join.
 
     Args:
       waves: float32[B, L] at 16 kHz, ignored past lens: int32[B].

@@ -214,17 +214,67 @@ def run_sft_5x(config: ConfigDict, workdir: Path) -> dict[str, float]:
 
 def run_grpo(config: ConfigDict, workdir: Path) -> dict[str, float]:
     """Both token streams are reinforced by the reward model, near the SFT policy."""
+    return _train_grpo(config, workdir, workdir / "grpo", config.grpo.beta)
+
+
+def run_retention(config: ConfigDict, workdir: Path) -> dict[str, float]:
+    """GRPO at other weights of the KL term: what becomes of neutral dialogue without it."""
+    figures = {}
+    for beta in config.retention.betas:
+        figures |= _train_grpo(config, workdir, workdir / "retention" / f"beta_{beta}", beta)
+    return figures
+
+
+def _train_grpo(config: ConfigDict, workdir: Path, folder: Path, beta: float) -> dict[str, float]:
     # Imported here because `reward` itself stands on this module's assembly of the policy.
     from paras2s_jax.stages.reward import load_reward_model
 
-    c, folder, root = config.grpo, workdir / "grpo", speech_dir(workdir)
+    c = config.grpo
     made = assemble(config, workdir)
+    reward_model, reward_variables = load_reward_model(config, workdir)
+    reference = policy_params(workdir, "sft")
+    fields = {field.name for field in dataclasses.fields(grpo.Settings)} - {"beta"}
+    variables = grpo.train(
+        made.policy,
+        reference,
+        reference,
+        made.frontend,
+        make_reward_fn(reward_model),
+        reward_variables,
+        _query_batches(config, workdir),
+        optimizer=optimizer_of(c, c.num_epochs),
+        settings=grpo.Settings(beta=beta, **{k: v for k, v in c.items() if k in fields}),
+        num_steps=c.num_steps,
+        rng=jax.random.key(config.seed),
+        audit=_audit(config, workdir, made),
+        mesh=mesh_of(config),
+        checkpointer=Checkpointer(folder / "checkpoints"),
+        save_every=c.save_every,
+        writer=MetricWriter(folder),
+        label=folder.name,
+    )
+    save_params(folder / "params", variables, {})
+    rows, base = neutral_rows(workdir, "test", made.tokenizer)
+    kept = retention.nll_growth(
+        made.policy,
+        reference,
+        variables,
+        made.frontend,
+        # A list, because it is gone through twice.
+        list(demonstration_batches(rows, base, config.base, 0, one_pass=True)),
+    )
+    return {f"retention/{beta:g}/{name}": value for name, value in kept.items()}
+
+
+def _query_batches(config: ConfigDict, workdir: Path) -> Batches:
+    """All train queries as RL hears them: speech, neither words nor labels."""
+    c, root = config.grpo, speech_dir(workdir)
     queries = records.read_jsonl(root / "queries.jsonl", Query)
     rows = pairs.query_rows([query for query in queries if query.split == "train"])
     rows, problems = validate(rows, root, grpo.AUDIO_KEYS, max_bad_share=c.max_bad_share)
     for problem in problems:
         print(f"left out: {problem}")
-    batches = Batches(
+    return Batches(
         rows,
         root=root,
         audio_keys=grpo.AUDIO_KEYS,
@@ -234,37 +284,6 @@ def run_grpo(config: ConfigDict, workdir: Path) -> dict[str, float]:
         shuffle=True,
         repeat=True,
     )
-    reward_model, reward_variables = load_reward_model(config, workdir)
-    reference = policy_params(workdir, "sft")
-    fields = {field.name for field in dataclasses.fields(grpo.Settings)}
-    variables = grpo.train(
-        made.policy,
-        reference,
-        reference,
-        made.frontend,
-        make_reward_fn(reward_model),
-        reward_variables,
-        batches,
-        optimizer=optimizer_of(c, c.num_epochs),
-        settings=grpo.Settings(**{k: v for k, v in c.items() if k in fields}),
-        num_steps=c.num_steps,
-        rng=jax.random.key(config.seed),
-        audit=_audit(config, workdir, made),
-        mesh=mesh_of(config),
-        checkpointer=Checkpointer(folder / "checkpoints"),
-        save_every=c.save_every,
-        writer=MetricWriter(folder),
-    )
-    save_params(folder / "params", variables, {})
-    rows, base = neutral_rows(workdir, "test", made.tokenizer)
-    kept = retention.nll_growth(
-        made.policy,
-        reference,
-        variables,
-        made.frontend,
-        demonstration_batches(rows, base, config.base, 0, one_pass=True),
-    )
-    return {f"retention/{c.beta}/{name}": value for name, value in kept.items()}
 
 
 def _audit(config: ConfigDict, workdir: Path, made: Assembly) -> grpo.Audit:

@@ -6,26 +6,11 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from paras2s_jax.audio.wave import AudioError
-from paras2s_jax.bench.aggregate import BenchError
-from paras2s_jax.data.batches import ManifestError
-from paras2s_jax.data.records import RecordError
-from paras2s_jax.judge.ledger import LedgerError
-from paras2s_jax.stages import evaluation, policy, reward, speech
-from paras2s_jax.stages.registry import Stage, StageError, figures_of
-from paras2s_jax.train.checkpoint import CheckpointError
+from paras2s_jax.stages.registry import Lazy, Stage, figures_of
 
-# Errors whose message tells the user what to do; anything else is a defect and shows its trace.
-USER_ERRORS = (
-    AudioError,
-    BenchError,
-    CheckpointError,
-    LedgerError,
-    ManifestError,
-    RecordError,
-    StageError,
-    FileNotFoundError,
-)
+
+def _lazy(module: str, function: str) -> Lazy:
+    return Lazy(f"paras2s_jax.stages.{module}", function)
 
 
 def _run_align(config: ConfigDict, workdir: Path) -> dict[str, float]:
@@ -53,69 +38,76 @@ STAGES = {
         Stage(
             "synthesize",
             "speak the text bank: queries, answers, training clips",
-            speech.run_synthesize,
+            _lazy("speech", "run_synthesize"),
             sections=("seed", "synthesize"),
         ),
         Stage(
             "pretrain",
             "codec, recogniser and tone namer: from the package, or trained",
-            speech.run_pretrain,
+            _lazy("speech", "run_pretrain"),
             needs=("synthesize",),
             sections=_SPEECH,
         ),
         Stage(
             "polytone",
             "train the style analyzers where words tell nothing",
-            speech.run_polytone,
+            _lazy("speech", "run_polytone"),
             needs=("pretrain",),
             sections=("polytone",),
         ),
         Stage(
             "base",
             "the tone-deaf base policy",
-            policy.run_base,
+            _lazy("policy", "run_base"),
             needs=("pretrain",),
             sections=("base", *_POLICY),
         ),
         Stage(
             "sft",
             "supervised warm-up on few demonstrations",
-            policy.run_sft,
+            _lazy("policy", "run_sft"),
             needs=("base",),
             sections=("sft",),
         ),
         Stage(
             "sft_5x",
             "the same on five times the demonstrations, to compare with",
-            policy.run_sft_5x,
+            _lazy("policy", "run_sft_5x"),
             needs=("base",),
             sections=("sft_5x",),
         ),
         Stage(
             "distill",
             "sample the SFT policy, judge, train the reward model",
-            reward.run_distill,
+            _lazy("reward", "run_distill"),
             needs=("sft", "polytone"),
             sections=("judge", "distill"),
         ),
         Stage(
             "grpo",
             "reinforce both token streams with the reward model",
-            policy.run_grpo,
+            _lazy("policy", "run_grpo"),
             needs=("distill",),
             sections=("grpo",),
         ),
         Stage(
+            "retention",
+            "reinforce at other KL weights: what becomes of neutral dialogue",
+            _lazy("policy", "run_retention"),
+            needs=("grpo",),
+            sections=("retention",),
+        ),
+        Stage(
             "bench",
             "answer held-out queries, judge, listen, tabulate",
-            evaluation.run_bench,
+            _lazy("evaluation", "run_bench"),
             needs=("grpo", "sft_5x"),
             sections=("bench",),
         ),
         Stage(
             "report",
             "a page with tables, curves and players",
-            evaluation.run_report,
+            _lazy("evaluation", "run_report"),
             needs=("bench",),
         ),
     )

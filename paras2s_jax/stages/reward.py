@@ -73,11 +73,13 @@ def run_distill(config: ConfigDict, workdir: Path) -> dict[str, float]:
         seed=config.seed,
         version=params_digest(variables),
     )
-    judge = make_judge(config, workdir)
-    verdicts = distill.judge_samples(judge.judge, queries, root, responses, folder / "samples")
+    judge, everything = make_judge(config, workdir), _train_queries(root)
+    answers = responses + distill.in_other_style(everything, responses, config.seed)
+    verdicts = distill.judge_samples(judge.judge, everything, root, answers, folder / "samples")
     rows, base, num_left_out = distill.scored_rows(
-        queries, root, responses, folder / "samples", verdicts
+        everything, root, answers, folder / "samples", verdicts
     )
+    own = verdicts[: len(responses)]
     train_rows, test_rows = distill.hold_out(rows, c.held_out_share)
     reward_model, start = make_reward_model(config, workdir)
     trained = distill.train(
@@ -102,17 +104,21 @@ def run_distill(config: ConfigDict, workdir: Path) -> dict[str, float]:
     names = [row["query_id"] for row in test_rows]
     figures = distill.agreement(predicted, judged, names)
     return {f"reward/{name}": value for name, value in figures.items()} | {
-        "reward/judged_mean": float(np.mean([row["score"] for row in rows])),
-        "reward/judged_std": float(np.std([row["score"] for row in rows])),
+        "reward/judged_mean": float(np.nanmean([verdict.score for verdict in own])),
+        "reward/judged_std": float(np.nanstd([verdict.score for verdict in own])),
         "reward/held_out_answers": len(test_rows),
         "reward/unscored": num_left_out,
     }
 
 
+def _train_queries(root: Path) -> list[Query]:
+    queries = records.read_jsonl(root / "queries.jsonl", Query)
+    return [query for query in queries if query.split == "train"]
+
+
 def _some_queries(root: Path, count: int, seed: int) -> list[Query]:
     """A random choice of train queries, in the file's order."""
-    queries = records.read_jsonl(root / "queries.jsonl", Query)
-    train = [query for query in queries if query.split == "train"]
+    train = _train_queries(root)
     picked = np.random.default_rng(seed).permutation(len(train))[:count]
     return [train[i] for i in sorted(picked)]
 

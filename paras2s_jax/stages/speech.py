@@ -21,7 +21,7 @@ from paras2s_jax.judge import polytone, tone, transcribe
 from paras2s_jax.judge.recipe import Recipe
 from paras2s_jax.models.codec import KMeansCodec, fit_codebook
 from paras2s_jax.models.whisper_layers import WhisperConfig
-from paras2s_jax.train.checkpoint import Checkpointer, load_part
+from paras2s_jax.train.checkpoint import Checkpointer, load_part, save_part
 from paras2s_jax.train.metrics import MetricWriter
 
 PACKAGED = Path(__file__).resolve().parents[1] / "parts"
@@ -202,9 +202,11 @@ def run_polytone(config: ConfigDict, workdir: Path) -> dict[str, float]:
     )
 
 
-def copy_parts(folder: Path, target: Path) -> None:
-    """Copies trained parts to where the package keeps them (a maintainer's step)."""
+def package_parts(workdir: Path, target: Path) -> None:
+    """Stores a run's parts at half precision, as the package ships them (a maintainer's step)."""
     target.mkdir(parents=True, exist_ok=True)
-    for name in (*PART_FILES, BASE_FILE):
-        if (folder / name).exists():
-            shutil.copyfile(folder / name, target / name)
+    for name in (TEXT_FILE, transcribe.TOKENIZER_FILE, CODEC_FILE):
+        shutil.copyfile(workdir / "pretrain" / name, target / name)
+    models = [workdir / "pretrain" / name for name in (TONE_FILE, transcribe.MODEL_FILE)]
+    for path in (*models, workdir / "base" / BASE_FILE):
+        save_part(target / path.name, *load_part(path), "float16")
