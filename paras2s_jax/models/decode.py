@@ -90,12 +90,11 @@ def generate(
     """
     if output_type not in ("both", "text"):
         raise ValueError(f'generate: output_type is "both" or "text", not {output_type!r}')
-    config = model.config
     prefix = prefill(model, variables, prompt)
     rows = prompt.mask.shape[0] * group_size
     start = jnp.repeat(prompt.length, group_size)
 
-    def forward(loop: _Loop):
+    def body(loop: _Loop) -> _Loop:
         (audio_hidden, text_hidden), out = model.apply(
             variables,
             loop.audio_in[:, None],
@@ -108,37 +107,18 @@ def generate(
             stepwise=True,
             method="hidden",
         )
-        audio_logits = model.apply(variables, audio_hidden[:, 0], method="audio_logits")
-        text_logits = model.apply(variables, text_hidden[:, 0], method="text_logits")
-        return audio_logits, text_logits, out["cache"]
-
-    def body(loop: _Loop) -> _Loop:
-        audio_logits, text_logits, cache = forward(loop)
-        text_rng, audio_rng = jax.random.split(jax.random.fold_in(rng, loop.step))
-        text_draw = draw(text_rng, text_logits, loop.trace["text_ids"], loop.step, text)
-        audio_draw = draw(audio_rng, audio_logits, loop.trace["audio_ids"], loop.step, audio)
-        now = _apply_rules(config, loop, text_draw, audio_draw, output_type)
-        for stream, logits, sampling in (
-            ("text", text_logits, text),
-            ("audio", audio_logits, audio),
-        ):
-            logp = _logp(logits, now[f"{stream}_ids"], sampling.logp_temperature)
-            now[f"{stream}_logp"] = jnp.where(now[f"{stream}_mask"], logp, 0.0)
-        done = now.pop("done")
-        return _Loop(
-            step=loop.step + 1,
-            text_in=now["text_ids"],
-            audio_in=now["audio_ids"],
-            text_done=loop.text_done | (now["text_ids"] == config.special.kimia_text_eos),
-            done=done,
-            cache=cache,
-            trace={key: loop.trace[key].at[loop.step].set(now[key]) for key in loop.trace},
-        )
+        logits = {
+            "text": model.apply(variables, text_hidden[:, 0], method="text_logits"),
+            "audio": model.apply(variables, audio_hidden[:, 0], method="audio_logits"),
+        }
+        step_rng = jax.random.fold_in(rng, loop.step)
+        samplings = {"text": text, "audio": audio}
+        return _advance(model.config, loop, logits, out["cache"], step_rng, samplings, output_type)
 
     def goes_on(loop: _Loop):
         return (loop.step < max_steps) & ~jnp.all(loop.done)
 
-    first = _first(config, rows, max_steps, model.dtype)
+    first = _first(model.config, rows, max_steps, model.dtype)
     return _rollout(jax.lax.while_loop(goes_on, body, first), group_size)
 
 
@@ -173,6 +153,27 @@ def _first(config: KimiAudioConfig, rows: int, max_steps: int, dtype) -> _Loop:
         done=jnp.zeros(rows, bool),
         cache=init_cache(config, rows, max_steps, dtype),
         trace=trace,
+    )
+
+
+def _advance(config, loop: _Loop, logits, cache, rng, samplings, output_type) -> _Loop:
+    """Draws both streams from logits {stream: float32[B, V]} and applies the loop's rules."""
+    draws = {}
+    for stream, key in zip(("text", "audio"), jax.random.split(rng), strict=True):
+        history = loop.trace[f"{stream}_ids"]
+        draws[stream] = draw(key, logits[stream], history, loop.step, samplings[stream])
+    now = _apply_rules(config, loop, draws["text"], draws["audio"], output_type)
+    for stream, sampling in samplings.items():
+        logp = _logp(logits[stream], now[f"{stream}_ids"], sampling.logp_temperature)
+        now[f"{stream}_logp"] = jnp.where(now[f"{stream}_mask"], logp, 0.0)
+    return _Loop(
+        step=loop.step + 1,
+        text_in=now["text_ids"],
+        audio_in=now["audio_ids"],
+        text_done=loop.text_done | (now["text_ids"] == config.special.kimia_text_eos),
+        done=now["done"],
+        cache=cache,
+        trace={key: loop.trace[key].at[loop.step].set(now[key]) for key in loop.trace},
     )
 
 
