@@ -32,6 +32,7 @@ FLOOR = 1e-3  # Mel magnitude that counts as silence: keeps noise of rounding ou
 LOW_BAND_WEIGHT = 1.5  # Of the lowest mel band in the distance; the pitch is heard there.
 LOW_BAND_DECAY = 12.0  # Bands over which the extra weight falls by 1/e.
 PRINCIPAL_COMPONENTS = 64
+LEVEL = 1.4  # Codes are means of logarithms, quieter by about this factor than what they stand for.
 MOMENTUM = 0.99  # Alpha of Perraudin et al. 2013, "A fast Griffin-Lim algorithm".
 MAX_GAIN = 3.0  # Of the level correction after Griffin-Lim.
 
@@ -220,7 +221,7 @@ def band_weights() -> np.ndarray:
 
 
 def linear_magnitudes(codebook: np.ndarray, num_iters: int = 50) -> np.ndarray:
-    """Non-negative linear spectra whose mel magnitudes are nearest to the codebook's.
+    """Non-negative linear spectra whose mel magnitudes are nearest to LEVEL times the codebook's.
 
     Multiplicative updates for the least-squares problem (Lee & Seung 2000, theorem 1, with the
     mel filters as the fixed factor), from the pseudo-inverse.
@@ -235,7 +236,7 @@ def linear_magnitudes(codebook: np.ndarray, num_iters: int = 50) -> np.ndarray:
     numerator, gram = mel @ filters.T, filters @ filters.T
     for _ in range(num_iters):
         spectrum *= numerator / np.maximum(spectrum @ gram, 1e-9)
-    return spectrum.reshape(len(codebook), PATCH_FRAMES, -1).astype(np.float32)
+    return LEVEL * spectrum.reshape(len(codebook), PATCH_FRAMES, -1).astype(np.float32)
 
 
 def stft(waves: jax.Array) -> jax.Array:

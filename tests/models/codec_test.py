@@ -104,7 +104,7 @@ def test_linear_magnitudes_have_the_mel_of_the_codebook():
     mel = spectrum @ filters
     found = codec_lib.linear_magnitudes(np.log(mel).reshape(2, -1), num_iters=200)
     assert found.shape == (2, 8, 321) and found.min() >= 0
-    wanted = mel.reshape(2, 8, -1) - codec_lib.FLOOR
+    wanted = codec_lib.LEVEL * (mel.reshape(2, 8, -1) - codec_lib.FLOOR)
     np.testing.assert_allclose(found @ filters, wanted, rtol=0.03)
 
 
