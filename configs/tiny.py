@@ -123,13 +123,13 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         weight_decay=0.01,
         schedule="cosine",
         save_every=200,
-        len_buckets_s=(1.5, 2.0, 3.0, 3.6),
+        len_buckets_s=(1.5, 2.0, 3.2, 3.6),
         token_buckets=(32,),
         max_bad_share=0.01,
     )
     c.base = ConfigDict(demonstrations | dict(num_steps=400, neutral_repeats=3))
-    c.sft = ConfigDict(demonstrations | dict(num_steps=200, num_demonstrations=160))
-    c.sft_5x = ConfigDict(demonstrations | dict(num_steps=400, num_demonstrations=800))
+    c.sft = ConfigDict(demonstrations | dict(num_steps=90, num_demonstrations=160))
+    c.sft_5x = ConfigDict(demonstrations | dict(num_steps=250, num_demonstrations=800))
 
     c.judge = ConfigDict(dict(batch_size=32))
     c.distill = ConfigDict(
@@ -140,8 +140,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             sample_batch_size=16,
             text_sampling=dict(temperature=1.0, top_k=20),
             audio_sampling=dict(temperature=1.0, top_k=20),
-            len_buckets_s=(2.0, 3.0),
-            pair_buckets_s=(2.0, 3.0, 4.0),
+            len_buckets_s=(2.0, 3.2),
+            pair_buckets_s=(2.0, 3.2, 4.0),
             held_out_share=0.15,
             num_steps=600,
             lr=1.5e-3,
@@ -172,17 +172,17 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             clip_high=0.2,
             kl_estimator="k3",
             loss_type="grpo",
-            scale_by_std=True,
+            scale_by_std=False,
             num_epochs=1,
             accum_steps=1,
             num_prompts=8,
             num_steps=80,
-            lr=3e-4,
+            lr=1e-4,
             warmup_steps=5,
             weight_decay=0.0,
             schedule="constant",
             save_every=20,
-            len_buckets_s=(2.0, 3.0),
+            len_buckets_s=(2.0, 3.2),
             max_bad_share=0.01,
             audit_every=10,
             audit_prompts=4,
@@ -192,7 +192,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     c.bench = ConfigDict(
         dict(
             batch_size=48,
-            len_buckets_s=(2.0, 3.0),
+            len_buckets_s=(2.0, 3.2),
             num_samples=1,
             use_labels=False,
             num_workers=2,
