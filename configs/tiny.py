@@ -83,7 +83,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         dict(
             classifier_proj_size=64,
             recipe=dict(
-                num_steps=150, batch_size=32, lr=5e-4, warmup_steps=20, len_buckets_s=LEN_BUCKETS_S
+                num_steps=100, batch_size=32, lr=5e-4, warmup_steps=20, len_buckets_s=LEN_BUCKETS_S
             ),
         )
     )
@@ -109,11 +109,12 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         )
     )
     c.policy.max_steps = 48
-    c.policy.scan_unroll = 4
+    c.policy.scan_unroll = 1
     c.policy.remat = "none"
+    c.policy.logp_chunk = 768
     c.policy.griffin_lim_iters = 8
-    c.policy.text_sampling = ConfigDict(dict(temperature=0.8, top_k=10))
-    c.policy.audio_sampling = ConfigDict(dict(temperature=0.8, top_k=10))
+    c.policy.text_sampling = ConfigDict(dict(temperature=1.0, top_k=0))
+    c.policy.audio_sampling = ConfigDict(dict(temperature=1.0, top_k=0))
 
     demonstrations = dict(
         batch_size=32,
@@ -128,7 +129,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         max_bad_share=0.01,
     )
     c.base = ConfigDict(demonstrations | dict(num_steps=400, neutral_repeats=3))
-    c.sft = ConfigDict(demonstrations | dict(num_steps=90, num_demonstrations=160))
+    c.sft = ConfigDict(demonstrations | dict(num_steps=200, num_demonstrations=160))
     c.sft_5x = ConfigDict(demonstrations | dict(num_steps=250, num_demonstrations=800))
 
     c.judge = ConfigDict(dict(batch_size=32))
@@ -160,7 +161,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
                 lora_alpha=32.0,
                 audio_lora_rank=16,
                 audio_lora_targets=("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
-                scan_unroll=3,
+                scan_unroll=1,
             ),
         )
     )
@@ -175,9 +176,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             scale_by_std=False,
             num_epochs=1,
             accum_steps=1,
-            num_prompts=8,
-            num_steps=80,
-            lr=1e-4,
+            num_prompts=16,
+            num_steps=40,
+            lr=3e-4,
             warmup_steps=5,
             weight_decay=0.0,
             schedule="constant",

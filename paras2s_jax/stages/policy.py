@@ -60,6 +60,7 @@ def assemble(config: ConfigDict, workdir: Path) -> Assembly:
         max_steps=c.max_steps,
         text=Sampling(**c.text_sampling),
         audio=Sampling(**c.audio_sampling),
+        logp_chunk=c.logp_chunk,
     )
     tokenizer = TextTokenizer.load(folder / TEXT_FILE)
     return Assembly(policy, Frontend(encoder, codec, codec), tokenizer)
