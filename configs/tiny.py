@@ -114,7 +114,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     c.policy.logp_chunk = 768
     c.policy.griffin_lim_iters = 8
     c.policy.text_sampling = ConfigDict(dict(temperature=1.0, top_k=0))
-    c.policy.audio_sampling = ConfigDict(dict(temperature=1.0, top_k=0))
+    c.policy.audio_sampling = ConfigDict(dict(temperature=0.5, top_k=0))
 
     demonstrations = dict(
         batch_size=32,
@@ -177,8 +177,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             num_epochs=1,
             accum_steps=1,
             num_prompts=16,
-            num_steps=40,
-            lr=3e-4,
+            num_steps=30,
+            lr=5e-5,
             warmup_steps=5,
             weight_decay=0.0,
             schedule="constant",
