@@ -21,7 +21,7 @@ from paras2s_jax.models.whisper import WhisperEncoder
 from paras2s_jax.models.whisper_layers import WhisperConfig
 from paras2s_jax.train import sharding
 
-NUM_CODES = 12
+NUM_CODES = 40
 QUERY_CODES = 5  # Length L of the test queries, in speech codes.
 
 
@@ -35,20 +35,21 @@ class Tiny:
     tokenizer: TextTokenizer
 
 
-def make_tiny(max_steps: int = 10, audio_top_k: int = 0) -> Tiny:
+def make_tiny(max_steps: int = 10) -> Tiny:
+    # Ids 0-95 hold the printable ASCII characters of a byte-level tokenizer.
     config = KimiAudioConfig(
-        vocab_size=320 + NUM_CODES,
+        vocab_size=132 + NUM_CODES,
         hidden_size=16,
         intermediate_size=24,
         num_hidden_layers=3,
         num_attention_heads=2,
         num_key_value_heads=1,
-        bos_token_id=256,
-        pad_token_id=319,
+        bos_token_id=96,
+        pad_token_id=131,
         kimia_mimo_layers=1,
         kimia_mimo_audiodelaytokens=2,
         kimia_mimo_transformer_from_layer_index=1,
-        kimia_token_offset=320,
+        kimia_token_offset=132,
         kimia_adaptor_input_dim=32,
     )
     encoder_config = WhisperConfig(
@@ -64,16 +65,16 @@ def make_tiny(max_steps: int = 10, audio_top_k: int = 0) -> Tiny:
         encoder=WhisperEncoder(encoder_config),
         max_steps=max_steps,
         text=Sampling(temperature=0.9),
-        audio=Sampling(temperature=0.8, top_k=audio_top_k),
+        audio=Sampling(temperature=0.8),
     )
     ids = jnp.zeros((1, 4), jnp.int32)
     rng = np.random.default_rng(0)
     codec = KMeansCodec.from_codebook(rng.normal(-3.0, 1.0, (NUM_CODES, PATCH_DIM)), num_iters=1)
-    encoder = policy.encoder.init(jax.random.key(1), jnp.zeros((1, 16, 80)))
+    encoder = jax.jit(policy.encoder.init)(jax.random.key(1), jnp.zeros((1, 16, 80)))
     # Larger than the usual start, so that logits differ clearly from each other.
     variables = jax.tree.map(
-        lambda x: x * 8.0 if x.ndim > 1 else x,
-        sharding.unbox(policy.model.init(jax.random.key(0), ids, ids)),
+        lambda x: x * 4.0 if x.ndim > 1 else x,
+        sharding.unbox(jax.jit(policy.model.init)(jax.random.key(0), ids, ids)),
     )
     frontend = Frontend(sharding.unbox(encoder), codec, codec)
     return Tiny(policy, variables, frontend, TextTokenizer.train(["a"], 256))

@@ -1,5 +1,8 @@
 """GRPO end to end on a tiny random policy."""
 
+import dataclasses
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,26 +14,31 @@ from paras2s_jax.align.policy import on_mesh
 from paras2s_jax.models import decode
 from paras2s_jax.train import sharding
 from paras2s_jax.train.checkpoint import Checkpointer
+from paras2s_jax.train.loop import fit
 from paras2s_jax.train.metrics import MetricWriter
 from paras2s_jax.train.state import TrainState, step_rng
 from paras2s_jax.train.step import make_update
 
 FAVOURED = 3  # The audio code that the bandit's reward wants to hear.
 SETTINGS = grpo.Settings(group_size=4)
+SGD = optax.sgd(0.1)
+REWARD = {"scale": jnp.float32(1.0)}
+
+
+def mean_code(reward_variables, query, query_len, answers):
+    """Mean code number of an answer, and a little of the query's loudness."""
+    total = answers.codes.sum(axis=-1) + jnp.abs(query).sum(axis=-1)[:, None] / 1e4
+    return reward_variables["scale"] * total / jnp.maximum(answers.len_codes, 1)
 
 
 def favour_code(reward_variables, query, query_len, answers):
-    """Share of an answer's codes that are FAVOURED, and something that tells queries apart."""
-    del query, query_len
+    """Share of an answer's codes that are FAVOURED."""
     real = jnp.arange(answers.codes.shape[-1]) < answers.len_codes[..., None]
     hits = (real & (answers.codes == FAVOURED)).sum(axis=-1)
     return reward_variables["scale"] * hits / jnp.maximum(answers.len_codes, 1)
 
 
-REWARD = {"scale": jnp.float32(1.0)}
-
-
-def _update(tiny, optimizer, settings=SETTINGS, reward_fn=favour_code, **kwargs):
+def _update(tiny, optimizer, settings=SETTINGS, reward_fn=mean_code, **kwargs):
     return grpo.GrpoUpdate(
         tiny.policy,
         tiny.variables,
@@ -48,28 +56,43 @@ def _state(tiny, optimizer, variables=None):
 
 
 @pytest.fixture(scope="module")
-def experience(tiny, queries):
-    """One batch of experience whose reference and old policy differ from the policy now."""
+def sgd_update(tiny):
+    """One compiled update for the tests that need no other settings; audits every second step."""
+    audit = grpo.Audit(_mishear, tiny.tokenizer, every=2, num_prompts=3)
+    return _update(tiny, SGD, audit=audit)
+
+
+def _mishear(waves):
+    return [f"nothing {len(wave)}" for wave in waves]
+
+
+@pytest.fixture(scope="module")
+def collect(tiny, queries):
+    """scale of the reward -> (experience, metrics); reference and policy differ."""
     other = jax.tree.map(lambda x: x * 1.02, tiny.variables)
 
     @jax.jit
-    def collect(variables, reference, frontend, batch):
+    def jitted(variables, reference, frontend, batch, scale):
         return rollout.collect(
             tiny.policy,
-            favour_code,
+            mean_code,
             variables,
             reference,
             frontend,
-            REWARD,
+            {"scale": scale},
             batch,
             jax.random.key(0),
             group_size=SETTINGS.group_size,
             num_epochs=2,
             num_chunks=2,
-        )
+        )[:2]
 
-    found, metrics, _ = collect(tiny.variables, other, tiny.frontend, queries)
-    return found, metrics
+    return lambda scale: jitted(tiny.variables, other, tiny.frontend, queries, scale)
+
+
+@pytest.fixture(scope="module")
+def experience(collect):
+    return collect(1.0)
 
 
 def test_experience_is_consistent(tiny, experience):
@@ -86,17 +109,21 @@ def test_experience_is_consistent(tiny, experience):
     speechless = ~np.asarray((codes & found.streams["audio_mask"]).any(axis=-1))
     assert float(metrics["reward/unscorable"]) == speechless.sum() > 0
     assert (np.asarray(found.advantages)[speechless] == 0.0).all()
+    assert (np.asarray(found.advantages)[~speechless] != 0.0).any()
+
+
+def test_unscorable_rewards_move_nothing(collect):
+    found, metrics = collect(np.nan)
+    assert float(metrics["reward/unscorable"]) == 8 * SETTINGS.group_size
+    assert (np.asarray(found.advantages) == 0.0).all()
 
 
 def test_accumulation_does_not_change_the_update(tiny, experience):
-    optimizer = optax.sgd(0.1)
     results = []
     for accum_steps in (1, 2, 4):
         settings = grpo.Settings(group_size=4, accum_steps=accum_steps)
-        update = make_update(
-            grpo.make_loss(tiny.policy, settings), optimizer, accum_steps=accum_steps
-        )
-        results.append(update(_state(tiny, optimizer), experience[0]))
+        update = make_update(grpo.make_loss(tiny.policy, settings), SGD, accum_steps=accum_steps)
+        results.append(update(_state(tiny, SGD), experience[0]))
     (want, want_metrics), *others = results
     for state, metrics in others:
         for name, value in want_metrics.items():
@@ -108,120 +135,92 @@ def test_accumulation_does_not_change_the_update(tiny, experience):
         )
 
 
-def test_one_step_on_policy(tiny, queries):
-    optimizer = optax.sgd(0.1)
-    update = _update(tiny, optimizer)
-    before = jax.tree.map(np.asarray, tiny.variables)
-    state, metrics = update(_state(tiny, optimizer), queries)
+def test_one_step_on_policy(tiny, queries, sgd_update):
+    before = jax.tree.map(np.array, tiny.variables)
+    state, metrics = sgd_update(_state(tiny, SGD), queries)
     metrics = {name: float(value) for name, value in metrics.items()}
     assert int(state.step) == 1
     # The policy is its own reference and its own old policy: no divergence, nothing clipped.
     for stream in ("text", "audio"):
         assert metrics[f"kl/{stream}"] == pytest.approx(0.0, abs=1e-6)
         assert metrics[f"clip_share/{stream}"] == 0.0
-        assert 0.0 < metrics[f"entropy/{stream}"] < np.log(400)
+        assert 0.0 < metrics[f"entropy/{stream}"] < np.log(132 + 40)
         assert 0.0 < metrics[f"len/{stream}"] <= tiny.policy.max_steps
-    assert 0.0 < metrics["reward/mean"] < 1.0
+    assert 0.0 < metrics["reward/mean"] < 40.0
     assert metrics["reward/std"] > 0.0
     assert metrics["grad_norm"] > 0.0
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), before, state.variables)
     assert max(jax.tree.leaves(moved)) > 0.0
     # The caller's variables are not consumed: they are the reference.
     jax.tree.map(np.testing.assert_array_equal, before, tiny.variables)
+    # Step 0 is audited, step 1 is not; no word of these answers is heard right.
+    assert metrics["asr/wer"] >= 1.0
+    assert "asr/wer" not in sgd_update(state, queries)[1]
 
 
-def test_inner_epochs_count_as_one_step_and_leave_the_old_policy(tiny, queries):
-    optimizer = optax.sgd(2.0)
-    audited = []
-
-    def hear(waves):
-        audited.append(len(waves))
-        return ["nothing"] * len(waves)
-
-    update = _update(
-        tiny,
-        optimizer,
-        grpo.Settings(group_size=4, num_epochs=2),
-        audit=grpo.Audit(hear, tiny.tokenizer, every=2, num_prompts=3),
-    )
-    state, first = update(_state(tiny, optimizer), queries)
-    state, second = update(state, queries)
-    assert int(state.step) == 2
-    assert float(first["kl/text"]) > 1e-5  # Moved by the first epoch, seen in the second.
-    assert float(first["clip_share/text"]) > 0.0
-    # Every second step, the answers to three prompts are heard; no word of them is right.
-    assert audited == [3 * 4]
-    assert first["asr/wer"] >= 1.0 and "asr/wer" not in second
-
-
-def test_unscorable_rewards_do_not_move_the_policy(tiny, queries):
-    optimizer = optax.sgd(0.1)
-
-    def deaf(reward_variables, query, query_len, answers):
-        return jnp.full(answers.lens.shape, jnp.nan)
-
-    update = _update(tiny, optimizer, reward_fn=deaf)
-    state, metrics = update(_state(tiny, optimizer), queries)
-    assert float(metrics["reward/unscorable"]) == 8 * 4
-    assert float(metrics["grad_norm"]) == pytest.approx(0.0, abs=1e-6)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.variables, tiny.variables
-    )
-
-
-def test_eight_devices_give_what_one_gives(tiny, queries):
-    optimizer = optax.sgd(0.1)
+def test_eight_devices_give_what_one_gives(tiny, queries, sgd_update, repeat, tmp_path):
     assert len(jax.devices()) >= 8
-    alone = _update(tiny, optimizer)
-    one, one_metrics = alone(_state(tiny, optimizer), queries)
+    one, one_metrics = sgd_update(_state(tiny, SGD), queries)
     mesh = sharding.make_mesh({"data": 4, "fsdp": 2})
+    writer = MetricWriter(tmp_path)
     with sharding.activate(mesh, ()):
-        spread = _update(tiny, optimizer, mesh=mesh)
-        start = _state(tiny, optimizer, on_mesh(tiny.variables, mesh))
-        many, many_metrics = spread(start, sharding.shard_batch(queries, mesh))
-    for name, value in one_metrics.items():
-        np.testing.assert_allclose(many_metrics[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
+        many = _train(tiny, repeat([queries]), 1, writer, on_mesh(tiny.variables, mesh), mesh=mesh)
+    writer.close()
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5),
-        many.params,
-        one.params,
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), many, one.variables
+    )
+    row = json.loads((tmp_path / "metrics.jsonl").read_text())
+    for name in ("loss", "grad_norm", "reward/mean", "reward/std", "len/audio", "entropy/text"):
+        assert row[name] == pytest.approx(float(one_metrics[name]), rel=1e-3, abs=1e-5), name
+
+
+def _train(tiny, source, num_steps, writer, variables, **kwargs):
+    return grpo.train(
+        tiny.policy,
+        variables,
+        variables,
+        tiny.frontend,
+        mean_code,
+        REWARD,
+        source,
+        optimizer=SGD,
+        settings=SETTINGS,
+        num_steps=num_steps,
+        rng=jax.random.key(7),
+        writer=writer,
+        **kwargs,
     )
 
 
-def test_a_stopped_run_continues_to_the_same_numbers(tiny, queries, repeat, tmp_path):
-    optimizer = optax.adam(1e-3)
+def test_a_stopped_run_continues_to_the_same_numbers(tiny, queries, sgd_update, repeat, tmp_path):
     others = {name: value[::-1].copy() for name, value in queries.items()}
 
     class Killed(Exception):
         pass
 
+    class Dying(repeat):
+        die_at = None
+
+        def __next__(self):
+            if self.at == self.die_at:
+                raise Killed
+            return super().__next__()
+
     def run(folder, die_at=None):
-        source = repeat([queries, others, queries])
-
-        class Dying(type(source)):
-            def __next__(self):
-                if self.at == die_at:
-                    raise Killed
-                return super().__next__()
-
+        source = Dying([queries, others, queries])
+        source.die_at = die_at
         writer = MetricWriter(folder / "metrics")
         checkpointer = Checkpointer(folder / "checkpoints")
         try:
-            return grpo.train(
-                tiny.policy,
-                tiny.variables,
-                tiny.variables,
-                tiny.frontend,
-                favour_code,
-                REWARD,
-                Dying(source.batches),
-                optimizer=optimizer,
-                settings=SETTINGS,
+            return fit(
+                _state(tiny, SGD),
+                sgd_update,
+                source,
                 num_steps=4,
-                rng=jax.random.key(1),
                 checkpointer=checkpointer,
                 save_every=2,
                 writer=writer,
+                log_every=1,
             )
         finally:
             writer.close()
@@ -231,22 +230,28 @@ def test_a_stopped_run_continues_to_the_same_numbers(tiny, queries, repeat, tmp_
     with pytest.raises(Killed):
         run(tmp_path / "killed", die_at=3)
     resumed = run(tmp_path / "killed")
-    jax.tree.map(np.testing.assert_array_equal, resumed, whole)
-    rows = [
-        (tmp_path / name / "metrics" / "metrics.jsonl").read_text() for name in ("whole", "killed")
-    ]
-    assert rows[0] == rows[1]
+    jax.tree.map(np.testing.assert_array_equal, resumed.variables, whole.variables)
+    paths = [tmp_path / name / "metrics" / "metrics.jsonl" for name in ("whole", "killed")]
+    rows = [path.read_text() for path in paths]
+    assert rows[0] == rows[1] and rows[0].count("\n") == 4
 
 
-def test_rewarded_code_becomes_likely(tiny, queries):
+def test_rewarded_code_becomes_likely_over_inner_epochs(tiny, queries):
     # A bandit: only the share of one code is rewarded, and there is no KL to hold it back.
     optimizer = optax.adam(1e-2)
-    update = _update(tiny, optimizer, grpo.Settings(group_size=8, beta=0.0))
-    state, means = _state(tiny, optimizer), []
-    for _ in range(25):
+    settings = grpo.Settings(group_size=8, beta=0.0, num_epochs=2)
+    update = _update(tiny, optimizer, settings, reward_fn=favour_code)
+    state, rows = _state(tiny, optimizer), []
+    for _ in range(15):
         state, metrics = update(state, queries)
-        means.append(float(metrics["reward/mean"]))
+        rows.append({name: float(value) for name, value in metrics.items()})
+    means = [row["reward/mean"] for row in rows]
     assert np.mean(means[-3:]) > 3 * np.mean(means[:3]), means
+    # A step is one rollout. Its first epoch moves the policy, which the second one's ratio and
+    # reference see.
+    assert int(state.step) == 15
+    assert rows[0]["kl/text"] > 1e-5
+    assert max(row["clip_share/audio"] for row in rows) > 0.0
 
 
 def test_impossible_settings_are_refused(tiny):
@@ -256,24 +261,13 @@ def test_impossible_settings_are_refused(tiny):
         grpo.Settings(loss_type="ppo")
     with pytest.raises(ValueError, match="k9"):
         grpo.Settings(kl_estimator="k9")
-    greedy = type(tiny)(
-        policy=tiny.policy.__class__(
-            tiny.policy.model,
-            tiny.policy.encoder,
-            max_steps=4,
-            text=decode.Sampling(temperature=0.0),
-            audio=tiny.policy.audio,
-        ),
-        variables=tiny.variables,
-        frontend=tiny.frontend,
-        tokenizer=tiny.tokenizer,
-    )
+    policy = dataclasses.replace(tiny.policy, text=decode.Sampling(temperature=0.0))
+    greedy = dataclasses.replace(tiny, policy=policy)
     with pytest.raises(ValueError, match="temperature"):
-        _update(greedy, optax.sgd(0.1))
+        _update(greedy, SGD)
 
 
 def test_each_step_draws_anew(tiny):
-    optimizer = optax.sgd(0.1)
-    state = _state(tiny, optimizer)
+    state = _state(tiny, SGD)
     keys = [step_rng(state.replace(step=jnp.int32(step))) for step in (0, 1)]
     assert not np.array_equal(*(jax.random.key_data(key) for key in keys))

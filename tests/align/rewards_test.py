@@ -10,7 +10,9 @@ from paras2s_jax.align import rewards
 
 @pytest.fixture(scope="module")
 def variables(reward_model):
-    return reward_model.init(jax.random.key(0))
+    # Larger than the usual start, so that scores differ clearly from each other.
+    start = reward_model.init(jax.random.key(0))
+    return jax.tree.map(lambda x: x * 5.0 if x.ndim > 1 else x, start)
 
 
 @pytest.fixture(scope="module")
