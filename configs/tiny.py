@@ -51,7 +51,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     c.pretrain.source = "train" if arg else "tiny"
     c.pretrain.text_vocab_size = 512
     c.pretrain.copies_of_others = 800
-    c.pretrain.codec = ConfigDict(dict(num_codes=1024, num_answers=900, num_others=700))
+    c.pretrain.salad_clips = 2000
+    c.pretrain.codec = ConfigDict(dict(num_codes=1024, num_answers=900, num_others=300))
     c.pretrain.asr = ConfigDict(
         dict(
             model=whisper(
@@ -112,7 +113,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     c.policy.scan_unroll = 1
     c.policy.remat = "none"
     c.policy.logp_chunk = 768
-    c.policy.griffin_lim_iters = 8
+    c.policy.griffin_lim_iters = 4
     c.policy.text_sampling = ConfigDict(dict(temperature=1.0, top_k=0))
     c.policy.audio_sampling = ConfigDict(dict(temperature=0.5, top_k=0))
 
@@ -128,8 +129,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         token_buckets=(32,),
         max_bad_share=0.01,
     )
-    c.base = ConfigDict(demonstrations | dict(num_steps=400, neutral_repeats=3))
-    c.sft = ConfigDict(demonstrations | dict(num_steps=200, num_demonstrations=160))
+    c.base = ConfigDict(demonstrations | dict(num_steps=600, neutral_repeats=5))
+    c.sft = ConfigDict(demonstrations | dict(num_steps=120, num_demonstrations=160))
     c.sft_5x = ConfigDict(demonstrations | dict(num_steps=250, num_demonstrations=800))
 
     c.judge = ConfigDict(dict(batch_size=32))
@@ -139,8 +140,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             num_queries=480,
             num_samples=4,
             sample_batch_size=16,
-            text_sampling=dict(temperature=1.0, top_k=20),
-            audio_sampling=dict(temperature=1.0, top_k=20),
+            text_sampling=dict(temperature=1.0, top_k=0),
+            audio_sampling=dict(temperature=0.7, top_k=0),
             len_buckets_s=(2.0, 3.2),
             pair_buckets_s=(2.0, 3.2, 4.0),
             held_out_share=0.15,
@@ -148,6 +149,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             lr=1.5e-3,
             warmup_steps=40,
             trainable="lora|projector|language_model",
+            findings_weight=0.5,
             model=dict(
                 text=dict(
                     hidden_size=96,

@@ -39,7 +39,7 @@ from paras2s_jax.train.state import TrainState
 from paras2s_jax.train.step import make_update
 
 AUDIO_KEYS = ("query", "answer")
-SCALAR_KEYS = ("score",)
+SCALAR_KEYS = ("score", "style", "tone")
 # A file for an answer without any sound, which no player or judge chokes on.
 NO_ANSWER_S = 0.1
 
@@ -220,15 +220,25 @@ def scored_rows(
     """Rows with a score for training: unscored verdicts and soundless answers are left out.
 
     responses and verdicts: in the same order.
-    Returns: (rows as `pairs.pair_rows`, with `score`; their root; how many were left out).
+    Returns: (rows as `pairs.pair_rows`, with `score` and the indices of the `style` and the `tone`
+      that the judge heard; their root; how many were left out).
     """
     rows, root = pair_rows(queries, queries_dir, responses, responses_dir)
     kept = [
-        row | {"score": verdict.score}
+        row
+        | {
+            "score": verdict.score,
+            "style": _index(verdict.style_in, rewards.STYLE_LABELS),
+            "tone": _index(verdict.tone_out, rewards.TONE_LABELS),
+        }
         for row, response, verdict in zip(rows, responses, verdicts, strict=True)
         if math.isfinite(verdict.score) and response.dur_s > 0
     ]
     return kept, root, len(rows) - len(kept)
+
+
+def _index(label: str, labels: Sequence[str]) -> int:
+    return labels.index(label) if label in labels else rewards.UNKNOWN
 
 
 def hold_out(rows: Sequence[dict], share: float) -> tuple[list[dict], list[dict]]:
@@ -254,6 +264,7 @@ def train(
     num_steps: int,
     rng: jax.Array,
     trainable: str = "lora|projector",
+    findings_weight: float = 0.0,
     accum_steps: int = 1,
     mesh: Mesh | None = None,
     checkpointer: Checkpointer | None = None,
@@ -268,7 +279,8 @@ def train(
     Returns: all variables after `num_steps`.
     """
     state = TrainState.create(variables, optimizer, rng, trainable=trainable)
-    update = make_update(rewards.make_loss(reward_model), optimizer, accum_steps=accum_steps)
+    loss_fn = rewards.make_loss(reward_model, findings_weight)
+    update = make_update(loss_fn, optimizer, accum_steps=accum_steps)
 
     def place(batch):
         keys = [name for key in AUDIO_KEYS for name in (key, f"{key}_len")]

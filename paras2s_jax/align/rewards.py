@@ -5,8 +5,9 @@ arguments.
 """
 
 import dataclasses
+import string
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ import numpy as np
 from paras2s_jax.align.policy import Answers
 from paras2s_jax.align.rollout import RewardFn
 from paras2s_jax.audio.mel import whisper_log_mel
+from paras2s_jax.audio.styles import QUERY_STYLES, TONES
 from paras2s_jax.data.tokenizer import TextTokenizer
 from paras2s_jax.models.qwen2_audio import Qwen2Audio
 from paras2s_jax.train import sharding
@@ -23,16 +25,36 @@ from paras2s_jax.train.step import Sums
 SCORES = (1, 2, 3, 4, 5)
 # Around the two audios; the score's digit is the next token.
 TEMPLATE = ("Query: ", "\nAnswer: ", "\nScore: ")
+# What the judge hears on its way to a score, as labels that training may ask for too.
+STYLE_LABELS, TONE_LABELS = tuple(QUERY_STYLES), TONES
+UNKNOWN = -1
 
 
 @dataclasses.dataclass(frozen=True)
 class ScorePrompt:
-    """Token ids of the text around the two audios, and of the digits 1 to 5."""
+    """Token ids of the text around the two audios, and of what the model names.
+
+    digit_ids: of 1 to 5. style_ids, tone_ids: of the letters that stand for STYLE_LABELS and
+    TONE_LABELS.
+    """
 
     before: tuple[int, ...]
     between: tuple[int, ...]
     after: tuple[int, ...]
     digit_ids: tuple[int, ...]
+    style_ids: tuple[int, ...]
+    tone_ids: tuple[int, ...]
+
+
+class Readings(NamedTuple):
+    """Logits over the vocabulary: where the query ends, where the answer ends, of the score.
+
+    style: float32[P, V]; tone, score: float32[P, G, V].
+    """
+
+    style: jax.Array
+    tone: jax.Array
+    score: jax.Array
 
 
 def score_prompt(
@@ -41,13 +63,28 @@ def score_prompt(
     """Encodes the template.
 
     Raises:
-        ValueError: a digit is not one token.
+        ValueError: a digit or a letter is not one token.
     """
-    digits = [tokenizer.encode(str(score)) for score in SCORES]
-    if any(len(ids) != 1 for ids in digits):
-        raise ValueError(f"the tokenizer splits a digit ({digits}); scores must be single tokens.")
+
+    def single(text: str) -> int:
+        ids = tokenizer.encode(text)
+        if len(ids) != 1:
+            raise ValueError(
+                f"the tokenizer splits {text!r} into {ids}; digits and letters must be single "
+                "tokens."
+            )
+        return ids[0]
+
     before, between, after = (tuple(tokenizer.encode(text)) for text in template)
-    return ScorePrompt(before, between, after, tuple(ids[0] for ids in digits))
+    letters = [single(letter) for letter in string.ascii_uppercase]
+    return ScorePrompt(
+        before,
+        between,
+        after,
+        digit_ids=tuple(single(str(score)) for score in SCORES),
+        style_ids=tuple(letters[: len(STYLE_LABELS)]),
+        tone_ids=tuple(letters[: len(TONE_LABELS)]),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,19 +113,18 @@ class RewardModel:
             variables = {**variables, "params": params}
         return variables
 
-    def logits(
+    def readings(
         self,
         variables: Mapping[str, Any],
         query_waves: jax.Array,
         query_lens: jax.Array,
         answer_waves: jax.Array,
         answer_lens: jax.Array,
-    ) -> jax.Array:
-        """Logits of the token after the template.
+    ) -> Readings:
+        """What the model would say where the query ends, where the answer ends, and as the score.
 
         query_waves: float32[P, L], query_lens: int32[P]; answer_waves: float32[P, G, L'],
         answer_lens: int32[P, G], all at 16 kHz.
-        Returns: float32[P, G, V].
         """
         prompts, group = answer_lens.shape
         heard, heard_mask = self._hear(variables, query_waves, query_lens)
@@ -105,13 +141,21 @@ class RewardModel:
             prefix=shared["kv"],
             prefix_mask=shared["mask"],
         )
-        # Logits of the last position only: over all positions they would dwarf all else.
-        logits = self.model.apply(
-            variables,
-            out["hidden"][:, -1],
-            method=lambda module, hidden: module.language_model.logits(hidden),
+
+        # Logits of single positions only: over all positions they would dwarf all else.
+        def read(hidden):
+            return self.model.apply(
+                variables,
+                hidden,
+                method=lambda module, hidden: module.language_model.logits(hidden),
+            )
+
+        answer_end = out["hidden"][:, -len(self.prompt.after)]
+        return Readings(
+            style=read(shared["hidden"][:, -1]),
+            tone=read(answer_end).reshape(prompts, group, -1),
+            score=read(out["hidden"][:, -1]).reshape(prompts, group, -1),
         )
-        return logits.reshape(prompts, group, -1)
 
     def _hear(self, variables, waves, lens):
         """float32[B, L] -> (float[B, S, D], bool[B, S])."""
@@ -132,11 +176,13 @@ class RewardModel:
         answer_waves: jax.Array,
         answer_lens: jax.Array,
     ) -> jax.Array:
-        """Expected score over the digit tokens; arguments as `logits`.
+        """Expected score over the digit tokens; arguments as `readings`.
 
         Returns: float32[P, G] in 1..5, NaN where the answer has no samples.
         """
-        logits = self.logits(variables, query_waves, query_lens, answer_waves, answer_lens)
+        logits = self.readings(
+            variables, query_waves, query_lens, answer_waves, answer_lens
+        ).score
         expected = expected_score(logits[..., jnp.array(self.prompt.digit_ids)])
         return jnp.where(answer_lens > 0, expected, jnp.nan)
 
@@ -155,31 +201,58 @@ def two_hot(scores: jax.Array) -> jax.Array:
     return jnp.maximum(1.0 - distance, 0.0)
 
 
-def make_loss(reward_model: RewardModel):
+def make_loss(reward_model: RewardModel, findings_weight: float = 0.0):
     """`loss_fn(variables, batch, rng) -> Sums`: cross-entropy of the score token.
 
-    batch: query float32[B, L], answer float32[B, L'], their `_len`, score float32[B]. The target
-    is spread over two digits where a score lies between them.
+    batch: query float32[B, L], answer float32[B, L'], their `_len`, score float32[B]; style and
+    tone int32[B], indices of STYLE_LABELS and TONE_LABELS or UNKNOWN. The target is spread over two
+    digits where a score lies between them.
+    findings_weight: of the cross-entropies of the style and of the tone that the judge found. A
+    small model hears whether an answer fits much sooner when it is also taught what to listen for.
     """
+    prompt = reward_model.prompt
 
     def loss_fn(variables, batch, rng):
         del rng
-        logits = reward_model.logits(
+        readings = reward_model.readings(
             variables,
             batch["query"],
             batch["query_len"],
             batch["answer"][:, None],
             batch["answer_len"][:, None],
-        )[:, 0]
-        digits = jnp.array(reward_model.prompt.digit_ids)
+        )
+        logits = readings.score[:, 0]
+        digits = jnp.array(prompt.digit_ids)
         logp = jax.nn.log_softmax(logits, axis=-1)[:, digits]
         scores = batch["score"].astype(jnp.float32)
         weight = jnp.float32(scores.shape[0])
         errors = jnp.abs(expected_score(logits[:, digits]) - scores)
         loss_sum = -jnp.sum(two_hot(scores) * logp)
-        return Sums(loss_sum, weight, {"reward/abs_error": (errors.sum(), weight)})
+        metrics = {"reward/abs_error": (errors.sum(), weight)}
+        if findings_weight:
+            for name, given, ids in (
+                ("style", readings.style, prompt.style_ids),
+                ("tone", readings.tone[:, 0], prompt.tone_ids),
+            ):
+                nll, hits, known = _finding(given, batch[name], ids)
+                loss_sum += findings_weight * nll
+                metrics[f"reward/{name}_hit"] = (hits, known)
+        return Sums(loss_sum, weight, metrics)
 
     return loss_fn
+
+
+def _finding(logits: jax.Array, labels: jax.Array, ids: tuple[int, ...]):
+    """logits: float32[B, V]; labels: int32[B]. Sums over known labels: nll, hits, their number."""
+    known = labels != UNKNOWN
+    logp = jax.nn.log_softmax(logits, axis=-1)[:, jnp.array(ids)]
+    chosen = jnp.take_along_axis(logp, jnp.maximum(labels, 0)[:, None], axis=-1)[:, 0]
+    hits = (jnp.argmax(logp, axis=-1) == labels) & known
+    return (
+        -jnp.sum(jnp.where(known, chosen, 0.0)),
+        hits.sum().astype(jnp.float32),
+        known.sum().astype(jnp.float32),
+    )
 
 
 def make_reward_fn(reward_model: RewardModel) -> RewardFn:

@@ -108,6 +108,14 @@ _MALE_VOICE = {
     "child": dataclasses.replace(QUERY_STYLES["child"], pitch=95, tract_scale=1.36),
 }
 
+# What a style fades into as it gets milder: everyday speech; for a gender, a voice that could be
+# anyone's, half-way between the pitches and vocal tracts of men and women.
+_MIDPOINTS = {
+    "male": dataclasses.replace(_NEUTRAL, pitch=80, tract_scale=1.08),
+    "female": dataclasses.replace(_NEUTRAL, pitch=20, tract_scale=0.93),
+}
+MILD = "Only hint at it."
+
 ASSISTANT_TONES = {
     "flat": Prosody(220, 45, 3, 80, instructions="Speak in a flat voice without any feeling."),
     "excited": Prosody(260, 82, 95, 160, instructions="Speak with excitement: fast, high, loud."),
@@ -123,8 +131,18 @@ TONES = tuple(ASSISTANT_TONES)
 _TRACT_JITTER = 0.05
 
 
-def delivery(voice_name: str, style: str, rng: np.random.Generator) -> Delivery:
-    """How the voice speaks a query in the style, with the variation of live speakers."""
+def delivery(
+    voice_name: str,
+    style: str,
+    rng: np.random.Generator,
+    strength: float = 1.0,
+    variety: float = 1.0,
+) -> Delivery:
+    """How the voice speaks a query in the style, with the variation of live speakers.
+
+    strength: 1 for the full style, towards 0 for a mere hint of it.
+    variety: how far the speakers behind one voice differ, as a multiple of the usual.
+    """
     if voice_name not in VOICES:
         raise ValueError(f"unknown voice {voice_name!r}; known: {', '.join(VOICES)}")
     if style not in QUERY_STYLES:
@@ -135,7 +153,11 @@ def delivery(voice_name: str, style: str, rng: np.random.Generator) -> Delivery:
     prosody = QUERY_STYLES[style]
     if voice.gender == "male":
         prosody = _MALE_VOICE.get(style, prosody)
-    return _jittered(voice, prosody, rng, _TRACT_JITTER)
+    if not 0.0 <= strength <= 1.0:
+        raise ValueError(f"strength {strength} of a style must lie in 0..1")
+    if strength < 1.0:
+        prosody = _milder(prosody, _MIDPOINTS.get(style, _NEUTRAL), strength)
+    return _jittered(voice, prosody, rng, _TRACT_JITTER, variety)
 
 
 def tone_delivery(tone: str, rng: np.random.Generator) -> Delivery:
@@ -145,11 +167,35 @@ def tone_delivery(tone: str, rng: np.random.Generator) -> Delivery:
     return _jittered(ASSISTANT_VOICE, ASSISTANT_TONES[tone], rng, 0.0)
 
 
+def _milder(prosody: Prosody, midpoint: Prosody, strength: float) -> Prosody:
+    """On the way from the midpoint to the full style."""
+
+    def between(name):
+        start, end = getattr(midpoint, name), getattr(prosody, name)
+        return start + strength * (end - start)
+
+    return Prosody(
+        rate_wpm=round(between("rate_wpm")),
+        pitch=round(between("pitch")),
+        pitch_range=round(between("pitch_range")),
+        volume=round(between("volume")),
+        tract_scale=between("tract_scale"),
+        instructions=f"{prosody.instructions} {MILD}",
+    )
+
+
 def _jittered(
-    voice: VoiceSpec, prosody: Prosody, rng: np.random.Generator, tract_jitter: float
+    voice: VoiceSpec,
+    prosody: Prosody,
+    rng: np.random.Generator,
+    tract_jitter: float,
+    variety: float = 1.0,
 ) -> Delivery:
-    """Rate and loudness vary by 5 %, pitch by 4, its range by 3, the tract by `tract_jitter`."""
-    rate, pitch, pitch_range, volume, tract = rng.uniform(-1.0, 1.0, 5)
+    """Rate and loudness vary by 5 %, pitch by 4, its range by 3, the tract by `tract_jitter`.
+
+    All of it times `variety`.
+    """
+    rate, pitch, pitch_range, volume, tract = variety * rng.uniform(-1.0, 1.0, 5)
     return Delivery(
         voice=voice.espeak,
         rate_wpm=round(prosody.rate_wpm * (1 + 0.05 * rate)),

@@ -181,6 +181,7 @@ def train(
     *,
     vocab_size: int = 300,
     ctc_weight: float = 0.5,
+    voiceprint_weight: float = 3.0,
     no_speech_share: float = 0.125,
     min_mean_logp: float = -0.5,
     augment: Augment | None = None,
@@ -195,6 +196,11 @@ def train(
     recogniser that has heard only speech finds words in anything. For the same reason, let many
     of the clips speak words in random order (`salad`): one that knows only a few sentences
     hears one of them in every garble.
+
+    A third loss makes the mean of the encoder's output tell the clip's mean spectrum and its
+    spread over time. Large recognisers, trained on everybody's speech, keep the voice in what they
+    encode; a small one, asked for nothing but words, would lose what the style analyzers and the
+    policy are to hear. It needs no labels of style or speaker.
 
     Args:
         config: of the model; its vocab_size is set to that of the tokenizer, plus start and end.
@@ -224,6 +230,8 @@ def train(
     variables = init_variables(model, config, recipe.seed, jnp.zeros((1, 4), jnp.int32))
     # The encoder's own guess at the tokens; sot_id is CTC's blank.
     variables["ctc"] = {"kernel": jnp.zeros((config.d_model, tokenizer.vocab_size + 1))}
+    variables["voiceprint"] = init_voiceprint(config)
+    weights = ctc_weight, voiceprint_weight
     optimizer = recipe_optimizer(recipe)
 
     def loss_fn(variables, batch, rng):
@@ -234,7 +242,7 @@ def train(
         # From the other end, so that wordless rows are resynthesised only where rows run out.
         waves, lens = augment_rows(waves[::-1], lens[::-1], augment, recipe, rngs[1])
         batch = {"waves": waves[::-1], "lens": lens[::-1], "ids": batch["ids"], "id_lens": id_lens}
-        return _loss(model, variables, batch, sot_id, eos_id, ctc_weight)
+        return _loss(model, variables, batch, sot_id, eos_id, weights)
 
     state = fit(
         TrainState.create(variables, optimizer, jax.random.key(recipe.seed)),
@@ -303,9 +311,12 @@ def _loss(
     batch: Mapping[str, jax.Array],
     sot_id: int,
     eos_id: int,
-    ctc_weight: float,
+    aux_weights: tuple[float, float],
 ) -> Sums:
-    """Cross-entropy of [ids, end] after [start, ids], plus the weighted CTC loss, per token."""
+    """Cross-entropy of [ids, end] after [start, ids], per token, plus weighted auxiliary losses.
+
+    aux_weights: of the CTC loss and of the voiceprint's squared error.
+    """
     ids, id_lens = batch["ids"], batch["id_lens"]
     mel, mask = masked_mel(batch["waves"], batch["lens"], model.config.num_mel_bins)
     inputs = jnp.pad(ids, ((0, 0), (1, 0)), constant_values=sot_id)
@@ -324,10 +335,36 @@ def _loss(
         blank_id=sot_id,
     )
     weight = real.sum()
-    total = jnp.sum(losses * real) + ctc_weight * ctc.sum()
+    print_loss = _voiceprint_error(variables["voiceprint"], mel, mask, out["encoded"])
+    ctc_weight, voiceprint_weight = aux_weights
+    total = jnp.sum(losses * real) + ctc_weight * ctc.sum() + voiceprint_weight * print_loss.sum()
     metrics = {
         "token_loss": (jnp.sum(losses * real), weight),
         "token_accuracy": (hits.sum(), weight),
         "ctc_loss": (ctc.sum(), weight),
+        "voiceprint_error": (print_loss.sum(), jnp.float32(len(print_loss))),
     }
     return Sums(total, weight, metrics)
+
+
+def init_voiceprint(config: WhisperConfig) -> dict[str, jax.Array]:
+    """A linear map from the encoder's mean output to mean and spread of the mel spectrum."""
+    outputs = 2 * config.num_mel_bins
+    return {"kernel": jnp.zeros((config.d_model, outputs)), "bias": jnp.zeros(outputs)}
+
+
+def _voiceprint_error(head, mel: jax.Array, mask: jax.Array, encoded: jax.Array) -> jax.Array:
+    """Squared error of the guess, summed over mel bands: float32[B].
+
+    mel: float32[B, A, M]; mask: bool[B, A]; encoded: float32[B, A // 2, D].
+    """
+
+    def mean(x, mask):
+        weights = mask[..., None] / jnp.maximum(mask.sum(axis=1), 1)[:, None, None]
+        return jnp.sum(x * weights, axis=1)
+
+    centre = mean(mel, mask)
+    spread = jnp.sqrt(mean(jnp.square(mel - centre[:, None]), mask) + 1e-6)
+    wanted = jnp.concatenate([centre, spread], axis=-1)
+    guess = mean(encoded, mask[:, ::2]) @ head["kernel"] + head["bias"]
+    return jnp.sum(jnp.square(guess - wanted), axis=-1)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from paras2s_jax.align import grpo, pairs, retention, sft
+from paras2s_jax.align import distill, grpo, pairs, retention, sft
 from paras2s_jax.align.policy import Frontend, SpeechPolicy
 from paras2s_jax.align.rewards import make_reward_fn
 from paras2s_jax.data import records
@@ -162,13 +162,19 @@ def _neutral_nll(config: ConfigDict, workdir: Path, made: Assembly, variables) -
 
 
 def run_base(config: ConfigDict, workdir: Path) -> dict[str, float]:
-    """The tone-deaf base policy: answers the words, in one flat voice, whatever the style."""
+    """The tone-deaf base policy: fluent in every manner of answering, and deaf to the speaker's.
+
+    It practises each train query with the same number of answers to its own style and to the other
+    one, and with a bland one: how the query sounds tells nothing about how it is answered.
+    """
     made, folder = assemble(config, workdir), workdir / "base"
     if config.pretrain.source == "train":
         root = speech_dir(workdir)
         queries = records.read_jsonl(root / "queries.jsonl", Query)
-        bland = records.read_jsonl(root / "bland.jsonl", Response)
-        rows, base = _rows(queries, bland, root, made.tokenizer)
+        styled = records.read_jsonl(root / "demonstrations.jsonl", Response)
+        answers = records.read_jsonl(root / "bland.jsonl", Response) + styled
+        answers += distill.in_other_style(queries, styled, config.seed)
+        rows, base = _rows(queries, answers, root, made.tokenizer)
         rows += neutral_rows(workdir, "train", made.tokenizer)[0] * config.base.neutral_repeats
         batches = demonstration_batches(rows, base, config.base, config.seed)
         start = init_policy(made.policy, config.seed)

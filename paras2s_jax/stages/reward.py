@@ -90,6 +90,7 @@ def run_distill(config: ConfigDict, workdir: Path) -> dict[str, float]:
         num_steps=c.num_steps,
         rng=jax.random.key(config.seed),
         trainable=c.trainable,
+        findings_weight=c.findings_weight,
         accum_steps=c.accum_steps,
         mesh=mesh_of(config),
         checkpointer=Checkpointer(folder / "checkpoints"),

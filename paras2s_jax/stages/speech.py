@@ -17,7 +17,7 @@ from paras2s_jax.data import records, synthesize
 from paras2s_jax.data.bank import load_bank
 from paras2s_jax.data.records import PolytoneClip, SpeechClip
 from paras2s_jax.data.tokenizer import TextTokenizer
-from paras2s_jax.judge import polytone, tone, transcribe
+from paras2s_jax.judge import polytone, salad, tone, transcribe
 from paras2s_jax.judge.recipe import Recipe
 from paras2s_jax.models.codec import KMeansCodec, fit_codebook
 from paras2s_jax.models.whisper_layers import WhisperConfig
@@ -139,9 +139,10 @@ def _train_parts(config: ConfigDict, workdir: Path, folder: Path) -> None:
     mixed = [_moved(clip, f"{root.relative_to(base)}/") for clip in clips]
     mixed += [_moved(copy, f"{folder.relative_to(base)}/copies/") for copy in copies]
     if not (folder / transcribe.MODEL_FILE).exists():
+        salads = _salad_clips(config, codec, folder)
         model = transcribe.train(
             WhisperConfig(**c.asr.model),
-            mixed,
+            mixed + [_moved(clip, f"{folder.relative_to(base)}/") for clip in salads],
             base,
             recipe_of(c.asr.recipe, config.seed),
             vocab_size=c.asr.vocab_size,
@@ -159,6 +160,26 @@ def _train_parts(config: ConfigDict, workdir: Path, folder: Path) -> None:
             writer=MetricWriter(folder / "tone_metrics"),
         )
         model.save(folder / TONE_FILE)
+
+
+def _salad_clips(config: ConfigDict, codec: KMeansCodec, folder: Path) -> list[SpeechClip]:
+    """Word salad for the recogniser, and the assistant's part of it also as codec copies.
+
+    Returns: clips with wavs relative to `folder`.
+    """
+    bank = load_bank()
+    clips = salad.speak(
+        [*bank.texts("train"), *bank.texts("test")],
+        folder / "salad",
+        config.pretrain.salad_clips,
+        seed=config.seed,
+        num_workers=config.synthesize.num_workers,
+    )
+    spoken = [clip for clip in clips if clip.tone is not None]
+    copies = codec_copies(codec, spoken, folder / "salad", folder / "salad_copies")
+    return [_moved(clip, "salad/") for clip in clips] + [
+        _moved(copy, "salad_copies/") for copy in copies
+    ]
 
 
 def _moved(clip: SpeechClip, prefix: str) -> SpeechClip:

@@ -95,13 +95,47 @@ def test_loss_is_the_cross_entropy_of_the_score_token(reward_model, variables, w
         "score": jnp.array([2.0, 3.5]),
     }
     sums = rewards.make_loss(reward_model)(variables, batch, None)
-    logits = reward_model.logits(variables, query, query_len, answer[:, :1], answer_len[:, :1])
-    logp = np.asarray(jax.nn.log_softmax(logits[:, 0]))
+    given = reward_model.readings(variables, query, query_len, answer[:, :1], answer_len[:, :1])
+    logp = np.asarray(jax.nn.log_softmax(given.score[:, 0]))
     one, two, three, four, five = reward_model.prompt.digit_ids
     want = -logp[0, two] - 0.5 * logp[1, three] - 0.5 * logp[1, four]
     np.testing.assert_allclose(sums.loss_sum, want, rtol=1e-5)
     assert float(sums.weight) == 2.0
     assert len({one, two, three, four, five}) == 5
+
+
+def test_findings_of_the_judge_are_taught_where_they_are_known(reward_model, variables, waves):
+    query, query_len, answer, answer_len = waves
+    batch = {
+        "query": query,
+        "query_len": query_len,
+        "answer": answer[:, 0],
+        "answer_len": answer_len[:, 0],
+        "score": jnp.array([2.0, 3.5]),
+        "style": jnp.array([rewards.STYLE_LABELS.index("sad"), rewards.UNKNOWN]),
+        "tone": jnp.array([rewards.TONE_LABELS.index("wry"), rewards.TONE_LABELS.index("flat")]),
+    }
+    plain, taught = (
+        rewards.make_loss(reward_model, weight)(variables, batch, None) for weight in (0.0, 0.5)
+    )
+    given = reward_model.readings(variables, query, query_len, answer[:, :1], answer_len[:, :1])
+    style, tone = (np.asarray(jax.nn.log_softmax(x)) for x in (given.style, given.tone[:, 0]))
+    prompt = reward_model.prompt
+    sad = style[0, prompt.style_ids[rewards.STYLE_LABELS.index("sad")]]
+    wry = tone[0, prompt.tone_ids[rewards.TONE_LABELS.index("wry")]]
+    flat = tone[1, prompt.tone_ids[rewards.TONE_LABELS.index("flat")]]
+    want = -0.5 * (sad + wry + flat)
+    np.testing.assert_allclose(taught.loss_sum - plain.loss_sum, want, rtol=1e-4)
+    assert float(taught.metrics["reward/style_hit"][1]) == 1.0
+    assert float(taught.metrics["reward/tone_hit"][1]) == 2.0
+
+
+def test_the_style_is_read_before_the_answer_is_heard(reward_model, variables, waves):
+    query, query_len, answer, answer_len = waves
+    one = reward_model.readings(variables, *waves)
+    other = reward_model.readings(variables, query, query_len, answer * 0.01, answer_len)
+    np.testing.assert_array_equal(one.style, other.style)
+    assert np.abs(one.tone - other.tone).max() > 1e-5
 
 
 def test_a_trained_tower_is_taken_over(reward_model, variables):

@@ -145,3 +145,30 @@ def test_wrong_names_are_errors():
         styles.delivery("adam", "female", rng())
     with pytest.raises(ValueError, match="unknown tone 'angry'; known: flat"):
         styles.tone_delivery("angry", rng())
+
+
+@pytest.mark.parametrize("voice, style", [("adam", "surprised"), ("fay", "child"), ("fay", "sad")])
+def test_milder_style_lies_between_everyday_speech_and_the_full_style(voice, style):
+    neutral, mild, full = (
+        styles.delivery(voice, name, rng(), strength)
+        for name, strength in (("neutral", 1.0), (style, 0.5), (style, 1.0))
+    )
+    for field in ("rate_wpm", "pitch", "pitch_range", "volume", "tract_scale"):
+        ends = sorted((getattr(neutral, field), getattr(full, field)))
+        assert ends[0] <= getattr(mild, field) <= ends[1]
+    assert mild != full and mild != neutral
+    assert styles.delivery(voice, style, rng(), 0.0).rate_wpm == neutral.rate_wpm
+
+
+def test_milder_genders_approach_each_other():
+    distance = []
+    for strength in (1.0, 0.4):
+        man = heard(styles.delivery("adam", "male", rng(), strength))
+        woman = heard(styles.delivery("fay", "female", rng(), strength))
+        distance.append(abs(np.log(woman["f0"] / man["f0"])))
+    assert distance[1] < 0.8 * distance[0]
+
+
+def test_strength_is_a_share():
+    with pytest.raises(ValueError, match="strength 1.5"):
+        styles.delivery("adam", "sad", rng(), 1.5)

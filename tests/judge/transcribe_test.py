@@ -103,6 +103,7 @@ def test_loss_by_hand(tiny_whisper):
     model = transcribe.WhisperASR(config)
     variables = transcribe.init_variables(model, config, 0, jnp.zeros((1, 4), jnp.int32))
     variables["ctc"] = {"kernel": jnp.zeros((config.d_model, 9))}
+    variables["voiceprint"] = transcribe.init_voiceprint(config)
     variables = jax.tree.map(jnp.zeros_like, variables)
     batch = {
         "waves": jnp.zeros((2, 3200)),
@@ -111,7 +112,7 @@ def test_loss_by_hand(tiny_whisper):
         "ids": jnp.array([[4, 3], [7, 7]]),
         "id_lens": jnp.array([1, 0]),
     }
-    sums = jax.jit(lambda v, b: transcribe._loss(model, v, b, 8, 9, 2.0))(variables, batch)
+    sums = jax.jit(lambda v, b: transcribe._loss(model, v, b, 8, 9, (2.0, 3.0)))(variables, batch)
     # An id and an end, and an end.
     token_loss = 3 * np.log(10)
     # 3200 samples are 10 steps of the encoder. Of the 9^10 equally likely paths, those of one
@@ -120,4 +121,8 @@ def test_loss_by_hand(tiny_whisper):
     assert float(sums.weight) == 3
     assert float(sums.metrics["token_loss"][0]) == pytest.approx(token_loss, rel=1e-5)
     assert float(sums.metrics["ctc_loss"][0]) == pytest.approx(ctc_loss, rel=1e-4)
-    assert float(sums.loss_sum) == pytest.approx(token_loss + 2 * ctc_loss, rel=1e-4)
+    # Whisper's log-mel of silence is -1.5 in every band, and does not vary: the spread is 0.001.
+    voiceprint_error = 2 * config.num_mel_bins * (1.5**2 + 0.001**2)
+    assert float(sums.metrics["voiceprint_error"][0]) == pytest.approx(voiceprint_error, rel=1e-4)
+    want = token_loss + 2 * ctc_loss + 3 * voiceprint_error
+    assert float(sums.loss_sum) == pytest.approx(want, rel=1e-4)
