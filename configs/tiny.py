@@ -130,8 +130,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         max_bad_share=0.01,
     )
     c.base = ConfigDict(demonstrations | dict(num_steps=600, neutral_repeats=5))
-    c.sft = ConfigDict(demonstrations | dict(num_steps=120, num_demonstrations=160))
-    c.sft_5x = ConfigDict(demonstrations | dict(num_steps=250, num_demonstrations=800))
+    c.sft = ConfigDict(demonstrations | dict(num_steps=70, num_demonstrations=60))
+    c.sft_5x = ConfigDict(demonstrations | dict(num_steps=150, num_demonstrations=300))
 
     c.judge = ConfigDict(dict(batch_size=32))
     c.distill = ConfigDict(
@@ -145,7 +145,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             len_buckets_s=(2.0, 3.2),
             pair_buckets_s=(2.0, 3.2, 4.0),
             held_out_share=0.15,
-            num_steps=600,
+            num_steps=400,
             lr=1.5e-3,
             warmup_steps=40,
             trainable="lora|projector|language_model",
@@ -179,11 +179,11 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             num_epochs=1,
             accum_steps=1,
             num_prompts=16,
-            num_steps=30,
-            lr=5e-5,
+            num_steps=70,
+            lr=2e-4,
             warmup_steps=5,
             weight_decay=0.0,
-            schedule="constant",
+            schedule="cosine",
             save_every=20,
             len_buckets_s=(2.0, 3.2),
             max_bad_share=0.01,

@@ -132,16 +132,11 @@ _TRACT_JITTER = 0.05
 
 
 def delivery(
-    voice_name: str,
-    style: str,
-    rng: np.random.Generator,
-    strength: float = 1.0,
-    variety: float = 1.0,
+    voice_name: str, style: str, rng: np.random.Generator, strength: float = 1.0
 ) -> Delivery:
     """How the voice speaks a query in the style, with the variation of live speakers.
 
     strength: 1 for the full style, towards 0 for a mere hint of it.
-    variety: how far the speakers behind one voice differ, as a multiple of the usual.
     """
     if voice_name not in VOICES:
         raise ValueError(f"unknown voice {voice_name!r}; known: {', '.join(VOICES)}")
@@ -157,7 +152,7 @@ def delivery(
         raise ValueError(f"strength {strength} of a style must lie in 0..1")
     if strength < 1.0:
         prosody = _milder(prosody, _MIDPOINTS.get(style, _NEUTRAL), strength)
-    return _jittered(voice, prosody, rng, _TRACT_JITTER, variety)
+    return _jittered(voice, prosody, rng, _TRACT_JITTER)
 
 
 def tone_delivery(tone: str, rng: np.random.Generator) -> Delivery:
@@ -185,17 +180,10 @@ def _milder(prosody: Prosody, midpoint: Prosody, strength: float) -> Prosody:
 
 
 def _jittered(
-    voice: VoiceSpec,
-    prosody: Prosody,
-    rng: np.random.Generator,
-    tract_jitter: float,
-    variety: float = 1.0,
+    voice: VoiceSpec, prosody: Prosody, rng: np.random.Generator, tract_jitter: float
 ) -> Delivery:
-    """Rate and loudness vary by 5 %, pitch by 4, its range by 3, the tract by `tract_jitter`.
-
-    All of it times `variety`.
-    """
-    rate, pitch, pitch_range, volume, tract = variety * rng.uniform(-1.0, 1.0, 5)
+    """Rate and loudness vary by 5 %, pitch by 4, its range by 3, the tract by `tract_jitter`."""
+    rate, pitch, pitch_range, volume, tract = rng.uniform(-1.0, 1.0, 5)
     return Delivery(
         voice=voice.espeak,
         rate_wpm=round(prosody.rate_wpm * (1 + 0.05 * rate)),

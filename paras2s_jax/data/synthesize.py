@@ -26,16 +26,14 @@ from paras2s_jax.data.records import DIMENSIONS, PolytoneClip, Query, Response, 
 
 _CHUNK = 32
 
-# How strong the styles are that analyzers learn from, per attribute: hints, which words outweigh
-# for a listener who lets them, and which are there to be heard by one who does not.
+# How strong the styles are that analyzers learn from, per attribute: where a hint of the style is
+# all there is, words outweigh it for a listener who lets them.
 POLYTONE_STRENGTH = {
-    "emotion": (0.2, 0.5),
-    "sarcasm": (0.2, 0.5),
-    "age": (0.3, 0.6),
-    "gender": (0.3, 0.6),
+    "emotion": (0.25, 0.5),
+    "sarcasm": (0.85, 1.0),
+    "age": (0.8, 1.0),
+    "gender": (0.8, 1.0),
 }
-# Of the clips to learn from, where few voices stand for all speakers.
-POLYTONE_VARIETY = 3.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -368,8 +366,7 @@ def _polytone_clip(
     row = PolytoneClip(name, attribute, label, text, text_id, kind, voice, wav="", dur_s=0.0)
     rng = rng_of(seed, "polytone", name)
     strength = rng.uniform(*POLYTONE_STRENGTH[attribute])
-    variety = 1.0 if kind == "test" else POLYTONE_VARIETY
-    delivery = styles.delivery(voice, label, rng, strength, variety)
+    delivery = styles.delivery(voice, label, rng, strength)
     return Clip(row, "polytone", name, text, delivery)
 
 
