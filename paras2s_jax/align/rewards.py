@@ -180,9 +180,7 @@ class RewardModel:
 
         Returns: float32[P, G] in 1..5, NaN where the answer has no samples.
         """
-        logits = self.readings(
-            variables, query_waves, query_lens, answer_waves, answer_lens
-        ).score
+        logits = self.readings(variables, query_waves, query_lens, answer_waves, answer_lens).score
         expected = expected_score(logits[..., jnp.array(self.prompt.digit_ids)])
         return jnp.where(answer_lens > 0, expected, jnp.nan)
 
