@@ -84,7 +84,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         dict(
             classifier_proj_size=64,
             recipe=dict(
-                num_steps=100, batch_size=32, lr=5e-4, warmup_steps=20, len_buckets_s=LEN_BUCKETS_S
+                num_steps=150, batch_size=24, lr=5e-4, warmup_steps=20, len_buckets_s=LEN_BUCKETS_S
             ),
         )
     )
@@ -109,7 +109,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             kimia_adaptor_input_dim=4 * 96,
         )
     )
-    c.policy.max_steps = 48
+    c.policy.max_steps = 44
     c.policy.scan_unroll = 1
     c.policy.remat = "none"
     c.policy.logp_chunk = 768
@@ -130,8 +130,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         max_bad_share=0.01,
     )
     c.base = ConfigDict(demonstrations | dict(num_steps=600, neutral_repeats=5))
-    c.sft = ConfigDict(demonstrations | dict(num_steps=70, num_demonstrations=60))
-    c.sft_5x = ConfigDict(demonstrations | dict(num_steps=150, num_demonstrations=300))
+    c.sft = ConfigDict(demonstrations | dict(num_steps=80, num_demonstrations=80))
+    c.sft_5x = ConfigDict(demonstrations | dict(num_steps=200, num_demonstrations=400))
 
     c.judge = ConfigDict(dict(batch_size=32))
     c.distill = ConfigDict(
@@ -145,7 +145,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             len_buckets_s=(2.0, 3.2),
             pair_buckets_s=(2.0, 3.2, 4.0),
             held_out_share=0.15,
-            num_steps=400,
+            num_steps=250,
             lr=1.5e-3,
             warmup_steps=40,
             trainable="lora|projector|language_model",
@@ -179,7 +179,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             num_epochs=1,
             accum_steps=1,
             num_prompts=16,
-            num_steps=70,
+            num_steps=56,
             lr=2e-4,
             warmup_steps=5,
             weight_decay=0.0,

@@ -116,6 +116,15 @@ _MIDPOINTS = {
 }
 MILD = "Only hint at it."
 
+# How strong the styles are that analyzers learn from, per attribute. A surprised and a sad voice
+# are so far apart that even a plain analyzer would trust them more than the words; a hint will do.
+POLYTONE_STRENGTH = {
+    "emotion": (0.25, 0.5),
+    "sarcasm": (1.0, 1.0),
+    "age": (1.0, 1.0),
+    "gender": (1.0, 1.0),
+}
+
 ASSISTANT_TONES = {
     "flat": Prosody(220, 45, 3, 80, instructions="Speak in a flat voice without any feeling."),
     "excited": Prosody(260, 82, 95, 160, instructions="Speak with excitement: fast, high, loud."),

@@ -26,15 +26,6 @@ from paras2s_jax.data.records import DIMENSIONS, PolytoneClip, Query, Response, 
 
 _CHUNK = 32
 
-# How strong the styles are that analyzers learn from, per attribute: where a hint of the style is
-# all there is, words outweigh it for a listener who lets them.
-POLYTONE_STRENGTH = {
-    "emotion": (0.25, 0.5),
-    "sarcasm": (0.85, 1.0),
-    "age": (0.8, 1.0),
-    "gender": (0.8, 1.0),
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
@@ -365,7 +356,7 @@ def _polytone_clip(
     name = f"{kind}-{attribute}-{text_id}-{label}-{voice}-{number}"
     row = PolytoneClip(name, attribute, label, text, text_id, kind, voice, wav="", dur_s=0.0)
     rng = rng_of(seed, "polytone", name)
-    strength = rng.uniform(*POLYTONE_STRENGTH[attribute])
+    strength = rng.uniform(*styles.POLYTONE_STRENGTH[attribute])
     delivery = styles.delivery(voice, label, rng, strength)
     return Clip(row, "polytone", name, text, delivery)
 

@@ -135,7 +135,7 @@ class Judge:
         if stage not in self._listeners:
             raise ValueError(
                 f"the judge has no style analyzer for the dimension {query.dimension} of query "
-                f"{query.id}; train one (stage polytone) or judge with use_labels=True."
+                f"{query.id}; train one (stage analyzers) or judge with use_labels=True."
             )
         return ("transcribe", stage)
 

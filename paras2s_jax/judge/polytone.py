@@ -24,59 +24,58 @@ from paras2s_jax.train.metrics import MetricWriter
 SETS = ("polytone", "plain")
 
 
-def run(
+def fit(
     config: WhisperConfig,
     clips: Sequence[PolytoneClip],
     root: str | Path,
     recipe: Recipe,
-    out_dir: str | Path,
+    folder: str | Path,
     *,
+    of_set: str = "polytone",
     attributes: Sequence[str] = DIMENSIONS,
     init_encoder: Mapping[str, Any] | None = None,
     augment: Augment | None = None,
-    console: Console | None = None,
 ) -> dict[str, float]:
-    """Trains, tests and saves both analyzers of every attribute.
+    """Trains, tests and saves an analyzer of every attribute.
 
-    Writes out_dir/<set>/<attribute>.safetensors, which `StyleAnalyzers.load(out_dir / "polytone")`
-    reads, and the training's metrics and checkpoints beside them.
+    Writes folder/<attribute>.safetensors, which `StyleAnalyzers.load(folder)` reads, and the
+    training's metrics and checkpoints beside them.
 
-    Returns: accuracy on the contradiction test, as polytone/<attribute>/<set>, and its mean over
-    attributes as polytone/mean/<set>.
+    Args:
+        clips: of all sets; as many are used as the smaller one of SETS has.
+        of_set: one of SETS: what the analyzers learn from.
+
+    Returns: accuracy on the contradiction test, as polytone/<attribute>/<of_set>, and its mean
+      over attributes as polytone/mean/<of_set>.
     """
-    root, out_dir = Path(root), Path(out_dir)
-    accuracy: dict[tuple[str, str], float] = {}
+    root, folder = Path(root), Path(folder)
+    figures = {}
     for attribute in attributes:
-        of_set = {
+        parts = {
             name: [clip for clip in clips if (clip.attribute, clip.set) == (attribute, name)]
             for name in (*SETS, "test")
         }
-        labels = _labels(attribute, of_set)
-        # The same amount of speech for both.
-        num_clips = min(len(of_set[name]) for name in SETS)
-        waves = [wave_lib.load(wave_lib.inside(root, clip.wav)) for clip in of_set["test"]]
-        for name in SETS:
-            folder = out_dir / name
-            analyzer = _train(
-                config,
-                balanced(of_set[name], num_clips, labels, recipe.seed),
-                root,
-                labels,
-                recipe,
-                grouped=name == "polytone",
-                init_encoder=init_encoder,
-                augment=augment,
-                folder=folder / f"{attribute}_training",
-                progress_label=f"{name} {attribute}",
-            )
-            found, _ = analyzer.name(waves)
-            hits = [label == clip.label for label, clip in zip(found, of_set["test"])]
-            accuracy[attribute, name] = float(np.mean(hits))
-            StyleAnalyzers({attribute: analyzer}).save(folder)
-    means = {name: np.mean([accuracy[a, name] for a in attributes]).item() for name in SETS}
-    _print_table(attributes, accuracy, means, console or Console())
-    figures = {f"polytone/{a}/{name}": value for (a, name), value in accuracy.items()}
-    return figures | {f"polytone/mean/{name}": value for name, value in means.items()}
+        labels = _labels(attribute, parts)
+        # The same amount of speech for both sets.
+        num_clips = min(len(parts[name]) for name in SETS)
+        analyzer = _train(
+            config,
+            balanced(parts[of_set], num_clips, labels, recipe.seed),
+            root,
+            labels,
+            recipe,
+            grouped=of_set == "polytone",
+            init_encoder=init_encoder,
+            augment=augment,
+            folder=folder / f"{attribute}_training",
+            progress_label=f"{of_set} {attribute}",
+        )
+        waves = [wave_lib.load(wave_lib.inside(root, clip.wav)) for clip in parts["test"]]
+        found, _ = analyzer.name(waves)
+        hits = [label == clip.label for label, clip in zip(found, parts["test"])]
+        figures[f"polytone/{attribute}/{of_set}"] = float(np.mean(hits))
+        StyleAnalyzers({attribute: analyzer}).save(folder)
+    return figures | {f"polytone/mean/{of_set}": float(np.mean(list(figures.values())))}
 
 
 def balanced(
@@ -147,18 +146,19 @@ def _labels(attribute: str, of_set: Mapping[str, Sequence[PolytoneClip]]) -> tup
     return tuple(sorted(labels["test"]))
 
 
-def _print_table(
-    attributes: Sequence[str],
-    accuracy: Mapping[tuple[str, str], float],
-    means: Mapping[str, float],
-    console: Console,
+def print_table(
+    figures: Mapping[str, float],
+    attributes: Sequence[str] = DIMENSIONS,
+    console: Console | None = None,
 ) -> None:
+    """Prints what `fit` returned for both sets side by side."""
     table = Table(title="Accuracy where the words contradict the voice", title_justify="left")
     table.add_column("attribute")
     for name in SETS:
         table.add_column(name, justify="right")
-    for attribute in attributes:
-        table.add_row(attribute, *(f"{accuracy[attribute, name]:.3f}" for name in SETS))
-    table.add_section()
-    table.add_row("mean", *(f"{means[name]:.3f}" for name in SETS))
-    console.print(table)
+    for attribute in (*attributes, "mean"):
+        if attribute == "mean":
+            table.add_section()
+        values = (figures[f"polytone/{attribute}/{name}"] for name in SETS)
+        table.add_row(attribute, *(f"{value:.3f}" for value in values))
+    (console or Console()).print(table)

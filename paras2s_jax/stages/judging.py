@@ -22,7 +22,7 @@ def make_judge(config: ConfigDict, workdir: Path) -> Judge:
     folder, batch_size = parts_dir(config, workdir), config.judge.batch_size
     return Judge(
         WhisperTranscriber.load(folder, batch_size=batch_size),
-        StyleAnalyzers.load(workdir / "polytone" / "polytone", DIMENSIONS, batch_size=batch_size),
+        StyleAnalyzers.load(workdir / "analyzers", DIMENSIONS, batch_size=batch_size),
         WaveClassifier.load(folder / TONE_FILE, batch_size=batch_size),
         RubricScorer(load_bank().rubric),
         Ledger(workdir / "ledger.sqlite"),

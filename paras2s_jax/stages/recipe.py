@@ -19,7 +19,7 @@ def _run_align(config: ConfigDict, workdir: Path) -> dict[str, float]:
 
 
 ALIGN = (
-    "synthesize", "pretrain", "polytone", "base", "sft", "sft_5x", "distill", "grpo", "bench",
+    "synthesize", "pretrain", "analyzers", "base", "sft", "sft_5x", "distill", "grpo", "bench",
     "report",
 )  # fmt: skip
 
@@ -49,10 +49,17 @@ STAGES = {
             sections=_SPEECH,
         ),
         Stage(
-            "polytone",
-            "train the style analyzers where words tell nothing",
-            _lazy("speech", "run_polytone"),
+            "analyzers",
+            "train the style analyzers where words tell nothing (PolyTone)",
+            _lazy("speech", "run_analyzers"),
             needs=("pretrain",),
+            sections=("polytone",),
+        ),
+        Stage(
+            "polytone",
+            "train them where words agree with the voice too, and compare",
+            _lazy("speech", "run_polytone"),
+            needs=("analyzers",),
             sections=("polytone",),
         ),
         Stage(
@@ -80,7 +87,7 @@ STAGES = {
             "distill",
             "sample the SFT policy, judge, train the reward model",
             _lazy("reward", "run_distill"),
-            needs=("sft", "polytone"),
+            needs=("sft", "analyzers"),
             sections=("judge", "distill"),
         ),
         Stage(

@@ -1,4 +1,4 @@
-"""Stages about speech: synthesize, pretrain (the small parts), polytone (style analyzers)."""
+"""Stages about speech: synthesize, pretrain (the small parts), analyzers, polytone."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from paras2s_jax.judge import polytone, salad, tone, transcribe
 from paras2s_jax.judge.recipe import Recipe
 from paras2s_jax.models.codec import KMeansCodec, fit_codebook
 from paras2s_jax.models.whisper_layers import WhisperConfig
+from paras2s_jax.stages.registry import figures_of
 from paras2s_jax.train.checkpoint import Checkpointer, load_part, save_part
 from paras2s_jax.train.metrics import MetricWriter
 
@@ -209,16 +210,31 @@ def asr_encoder(config: ConfigDict, workdir: Path) -> tuple[WhisperConfig, dict]
     return WhisperConfig(**meta["config"]), variables["params"]["encoder"]
 
 
+def run_analyzers(config: ConfigDict, workdir: Path) -> dict[str, float]:
+    """The judge's style analyzers, trained with PolyTone and tested where words mislead."""
+    return _fit_analyzers(config, workdir, workdir / "analyzers", "polytone")
+
+
 def run_polytone(config: ConfigDict, workdir: Path) -> dict[str, float]:
-    """Style analyzers trained with PolyTone, beside plain ones, tested where words mislead."""
+    """The same analyzers trained where words agree with the voice, to compare with."""
+    figures = figures_of(workdir / "analyzers")
+    figures |= _fit_analyzers(config, workdir, workdir / "polytone", "plain")
+    polytone.print_table(figures)
+    return figures
+
+
+def _fit_analyzers(
+    config: ConfigDict, workdir: Path, folder: Path, of_set: str
+) -> dict[str, float]:
     c, root = config.polytone, speech_dir(workdir)
     whisper, encoder = asr_encoder(config, workdir)
-    return polytone.run(
+    return polytone.fit(
         dataclasses.replace(whisper, classifier_proj_size=c.classifier_proj_size),
         records.read_jsonl(root / "polytone.jsonl", PolytoneClip),
         root,
         recipe_of(c.recipe, config.seed),
-        workdir / "polytone",
+        folder,
+        of_set=of_set,
         init_encoder=encoder,
     )
 

@@ -57,9 +57,12 @@ def test_trains_tests_and_saves_both(clips, tiny_whisper, tmp_path, monkeypatch)
 
     monkeypatch.setattr(polytone.classifier, "train", spy)
     console = Console(file=io.StringIO(), width=80)
-    figures = polytone.run(
-        tiny_whisper, *clips, RECIPE, tmp_path, attributes=("emotion",), console=console
-    )
+    figures = {}
+    for name in polytone.SETS:
+        figures |= polytone.fit(
+            tiny_whisper, *clips, RECIPE, tmp_path / name, of_set=name, attributes=("emotion",)
+        )
+    polytone.print_table(figures, ("emotion",), console)
     # By loudness alone, whatever the words are.
     assert figures["polytone/emotion/polytone"] == 1.0
     assert set(figures) == {
@@ -101,8 +104,8 @@ def test_missing_set_or_label_is_one_clear_error(clips, tiny_whisper, tmp_path):
     rows, root = clips
     without_test = [clip for clip in rows if clip.set != "test"]
     with pytest.raises(ValueError, match="no clips of set 'test' for the attribute 'emotion'"):
-        polytone.run(tiny_whisper, without_test, root, RECIPE, tmp_path, attributes=("emotion",))
+        polytone.fit(tiny_whisper, without_test, root, RECIPE, tmp_path, attributes=("emotion",))
     one_label = [clip for clip in rows if clip.set != "plain" or clip.label == "loud"]
     with pytest.raises(ValueError, match="sets of 'emotion'"):
-        polytone.run(tiny_whisper, one_label, root, RECIPE, tmp_path, attributes=("emotion",))
+        polytone.fit(tiny_whisper, one_label, root, RECIPE, tmp_path, attributes=("emotion",))
     assert not np.any([path.suffix == ".safetensors" for path in tmp_path.rglob("*")])
