@@ -6,7 +6,6 @@ train: verdicts -> reward model; evaluate: against verdicts on queries it never 
 Each part continues where it was stopped.
 """
 
-import dataclasses
 import functools
 import hashlib
 import json
@@ -185,29 +184,6 @@ def judge_samples(
         raise ValueError(f"the judge gave {len(verdicts)} verdicts for {len(responses)} answers.")
     write_jsonl(responses_dir / "verdicts.jsonl", verdicts)
     return verdicts
-
-
-def in_other_style(
-    queries: Iterable[Query], responses: Sequence[Response], seed: int
-) -> list[Response]:
-    """Each answer again, as if given to the same sentence in its other style.
-
-    Whether an answer fits is then a matter of how the query sounds and of nothing else, and the
-    judge has heard every wav already. Sentences that are there in one style only are left out.
-    """
-    by_style: dict[tuple[str, str], list[str]] = {}
-    by_id = {query.id: query for query in queries}
-    for query in by_id.values():
-        by_style.setdefault((query.sentence_id, query.style), []).append(query.id)
-    rng = np.random.default_rng(seed)
-    found = []
-    for response in responses:
-        query = by_id[response.query_id]
-        others = by_style.get((query.sentence_id, query.contrast), [])
-        if others:
-            other = others[rng.integers(len(others))]
-            found.append(dataclasses.replace(response, query_id=other))
-    return found
 
 
 def scored_rows(

@@ -1,8 +1,11 @@
 """Queries joined with their answers: the rows that training stages feed to tf.data."""
 
+import dataclasses
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from paras2s_jax.data.batches import ManifestError
 from paras2s_jax.data.records import Query, Response
@@ -51,3 +54,26 @@ def pair_rows(
 def query_rows(queries: Iterable[Query]) -> list[dict]:
     """Rows of queries alone, as RL hears them: speech without words or labels."""
     return [{"query": query.wav, "query_id": query.id} for query in queries]
+
+
+def in_other_style(
+    queries: Iterable[Query], responses: Sequence[Response], seed: int
+) -> list[Response]:
+    """Each answer again, as if given to the same sentence in its other style.
+
+    Whether an answer fits is then a matter of how the query sounds and of nothing else. Sentences
+    that are there in one style only are left out.
+    """
+    by_style: dict[tuple[str, str], list[str]] = {}
+    by_id = {query.id: query for query in queries}
+    for query in by_id.values():
+        by_style.setdefault((query.sentence_id, query.style), []).append(query.id)
+    rng = np.random.default_rng(seed)
+    found = []
+    for response in responses:
+        query = by_id[response.query_id]
+        others = by_style.get((query.sentence_id, query.contrast), [])
+        if others:
+            other = others[rng.integers(len(others))]
+            found.append(dataclasses.replace(response, query_id=other))
+    return found

@@ -14,7 +14,6 @@ from paras2s_jax.bench import charts, tables
 from paras2s_jax.bench import run as bench_run
 from paras2s_jax.bench.report import write_report
 from paras2s_jax.bench.systems import PolicySystem, RecordedSystem
-from paras2s_jax.data import records
 from paras2s_jax.data.bank import load_bank
 from paras2s_jax.data.records import Query
 from paras2s_jax.judge import probes
@@ -23,7 +22,7 @@ from paras2s_jax.judge.ledger import params_digest
 from paras2s_jax.models.codec import KMeansCodec
 from paras2s_jax.stages.judging import make_judge
 from paras2s_jax.stages.policy import Assembly, assemble, policy_params
-from paras2s_jax.stages.speech import CODEC_FILE, parts_dir, speech_dir
+from paras2s_jax.stages.speech import CODEC_FILE, parts_dir, queries_of, speech_dir
 
 POLICY_STAGES = ("base", "sft", "sft_5x", "grpo")
 
@@ -47,8 +46,7 @@ def policy_system(
 def run_bench(config: ConfigDict, workdir: Path) -> dict[str, float]:
     """Base, SFT, SFT on 5x, GRPO and topline on held-out sentences and voices."""
     made, root, bank = assemble(config, workdir), speech_dir(workdir), load_bank()
-    queries = records.read_jsonl(root / "queries.jsonl", Query)
-    queries = [query for query in queries if query.split == "test"]
+    queries = queries_of(workdir, "test")
     judge = make_judge(config, workdir)
     systems = [policy_system(config, made, workdir, stage) for stage in POLICY_STAGES]
     systems.append(RecordedSystem("topline", root / "topline.jsonl"))

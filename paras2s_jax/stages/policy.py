@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from paras2s_jax.align import distill, grpo, pairs, retention, sft
+from paras2s_jax.align import grpo, pairs, retention, sft
 from paras2s_jax.align.policy import Frontend, SpeechPolicy
 from paras2s_jax.align.rewards import make_reward_fn
 from paras2s_jax.data import records
@@ -26,7 +26,14 @@ from paras2s_jax.models.decode import Sampling
 from paras2s_jax.models.kimi_audio import KimiAudio, KimiAudioConfig
 from paras2s_jax.models.whisper import WhisperEncoder
 from paras2s_jax.models.whisper_layers import WhisperConfig
-from paras2s_jax.stages.speech import BASE_FILE, CODEC_FILE, TEXT_FILE, parts_dir, speech_dir
+from paras2s_jax.stages.speech import (
+    BASE_FILE,
+    CODEC_FILE,
+    TEXT_FILE,
+    parts_dir,
+    queries_of,
+    speech_dir,
+)
 from paras2s_jax.train import sharding
 from paras2s_jax.train.checkpoint import (
     Checkpointer,
@@ -93,11 +100,8 @@ def demonstration_batches(
     rows: Sequence[dict], root: Path, section: ConfigDict, seed: int, *, one_pass: bool = False
 ) -> Batches:
     """tf.data batches of demonstrations; every file is checked first."""
-    good, problems = validate(rows, root, sft.AUDIO_KEYS, max_bad_share=section.max_bad_share)
-    for problem in problems:
-        print(f"left out: {problem}")
     return Batches(
-        good,
+        _checked(rows, root, sft.AUDIO_KEYS, section.max_bad_share),
         root=root,
         audio_keys=sft.AUDIO_KEYS,
         token_keys=sft.TOKEN_KEYS,
@@ -108,6 +112,16 @@ def demonstration_batches(
         shuffle=not one_pass,
         repeat=not one_pass,
     )
+
+
+def _checked(
+    rows: Sequence[dict], root: Path, audio_keys: Sequence[str], max_bad_share: float
+) -> list[dict]:
+    """The rows whose files can be heard; the others are named."""
+    good, problems = validate(rows, root, audio_keys, max_bad_share=max_bad_share)
+    for problem in problems:
+        print(f"left out: {problem}")
+    return good
 
 
 def optimizer_of(section: ConfigDict, updates_per_step: int = 1):
@@ -170,10 +184,10 @@ def run_base(config: ConfigDict, workdir: Path) -> dict[str, float]:
     made, folder = assemble(config, workdir), workdir / "base"
     if config.pretrain.source == "train":
         root = speech_dir(workdir)
-        queries = records.read_jsonl(root / "queries.jsonl", Query)
+        queries = queries_of(workdir, "train")
         styled = records.read_jsonl(root / "demonstrations.jsonl", Response)
         answers = records.read_jsonl(root / "bland.jsonl", Response) + styled
-        answers += distill.in_other_style(queries, styled, config.seed)
+        answers += pairs.in_other_style(queries, styled, config.seed)
         rows, base = _rows(queries, answers, root, made.tokenizer)
         rows += neutral_rows(workdir, "train", made.tokenizer)[0] * config.base.neutral_repeats
         batches = demonstration_batches(rows, base, config.base, config.seed)
@@ -194,8 +208,7 @@ def policy_params(workdir: Path, stage: str) -> dict[str, Any]:
 
 def _run_sft(config: ConfigDict, workdir: Path, name: str) -> dict[str, float]:
     made, folder, root = assemble(config, workdir), workdir / name, speech_dir(workdir)
-    queries = records.read_jsonl(root / "queries.jsonl", Query)
-    train = [query for query in queries if query.split == "train"]
+    train = queries_of(workdir, "train")
     section = config[name]
     chosen = {q.id for q in select_demonstrations(train, section.num_demonstrations, config.seed)}
     answers = records.read_jsonl(root / "demonstrations.jsonl", Response)
@@ -276,13 +289,9 @@ def _train_grpo(config: ConfigDict, workdir: Path, folder: Path, beta: float) ->
 def _query_batches(config: ConfigDict, workdir: Path) -> Batches:
     """All train queries as RL hears them: speech, neither words nor labels."""
     c, root = config.grpo, speech_dir(workdir)
-    queries = records.read_jsonl(root / "queries.jsonl", Query)
-    rows = pairs.query_rows([query for query in queries if query.split == "train"])
-    rows, problems = validate(rows, root, grpo.AUDIO_KEYS, max_bad_share=c.max_bad_share)
-    for problem in problems:
-        print(f"left out: {problem}")
+    rows = pairs.query_rows(queries_of(workdir, "train"))
     return Batches(
-        rows,
+        _checked(rows, root, grpo.AUDIO_KEYS, c.max_bad_share),
         root=root,
         audio_keys=grpo.AUDIO_KEYS,
         batch_size=c.num_prompts,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from paras2s_jax.align import distill
+from paras2s_jax.align import distill, pairs
 from paras2s_jax.align.rewards import RewardModel, score_prompt
-from paras2s_jax.data import records
 from paras2s_jax.data.batches import Batches
 from paras2s_jax.data.records import Query
 from paras2s_jax.data.tokenizer import TextTokenizer
@@ -23,7 +23,7 @@ from paras2s_jax.models.qwen2 import Qwen2Config
 from paras2s_jax.models.qwen2_audio import Qwen2Audio, Qwen2AudioConfig
 from paras2s_jax.stages.judging import make_judge
 from paras2s_jax.stages.policy import assemble, mesh_of, optimizer_of, policy_params
-from paras2s_jax.stages.speech import TEXT_FILE, asr_encoder, parts_dir, speech_dir
+from paras2s_jax.stages.speech import TEXT_FILE, asr_encoder, parts_dir, queries_of, speech_dir
 from paras2s_jax.train.checkpoint import Checkpointer, load_params, save_params
 from paras2s_jax.train.metrics import MetricWriter
 
@@ -54,7 +54,8 @@ def run_distill(config: ConfigDict, workdir: Path) -> dict[str, float]:
     """Samples of the SFT policy -> verdicts -> reward model, tested on held-out sentences."""
     c, folder, root = config.distill, workdir / "distill", speech_dir(workdir)
     made = assemble(config, workdir)
-    queries = _some_queries(root, c.num_queries, config.seed)
+    everything = queries_of(workdir, "train")
+    queries = _some_of(everything, c.num_queries, config.seed)
     variables = policy_params(workdir, "sft")
     policy = dataclasses.replace(
         made.policy, text=Sampling(**c.text_sampling), audio=Sampling(**c.audio_sampling)
@@ -73,8 +74,9 @@ def run_distill(config: ConfigDict, workdir: Path) -> dict[str, float]:
         seed=config.seed,
         version=params_digest(variables),
     )
-    judge, everything = make_judge(config, workdir), _train_queries(root)
-    answers = responses + distill.in_other_style(everything, responses, config.seed)
+    judge = make_judge(config, workdir)
+    # The judge has heard every wav of the second half in the first.
+    answers = responses + pairs.in_other_style(everything, responses, config.seed)
     verdicts = distill.judge_samples(judge.judge, everything, root, answers, folder / "samples")
     rows, base, num_left_out = distill.scored_rows(
         everything, root, answers, folder / "samples", verdicts
@@ -112,16 +114,10 @@ def run_distill(config: ConfigDict, workdir: Path) -> dict[str, float]:
     }
 
 
-def _train_queries(root: Path) -> list[Query]:
-    queries = records.read_jsonl(root / "queries.jsonl", Query)
-    return [query for query in queries if query.split == "train"]
-
-
-def _some_queries(root: Path, count: int, seed: int) -> list[Query]:
-    """A random choice of train queries, in the file's order."""
-    train = _train_queries(root)
-    picked = np.random.default_rng(seed).permutation(len(train))[:count]
-    return [train[i] for i in sorted(picked)]
+def _some_of(queries: Sequence[Query], count: int, seed: int) -> list[Query]:
+    """A random choice of the queries, in their order."""
+    picked = np.random.default_rng(seed).permutation(len(queries))[:count]
+    return [queries[i] for i in sorted(picked)]
 
 
 def _batches(rows, root: Path, c: ConfigDict, seed: int, *, one_pass: bool = False) -> Batches:

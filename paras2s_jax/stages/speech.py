@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from paras2s_jax.audio import wave
 from paras2s_jax.data import records, synthesize
 from paras2s_jax.data.bank import load_bank
-from paras2s_jax.data.records import PolytoneClip, SpeechClip
+from paras2s_jax.data.records import PolytoneClip, Query, SpeechClip
 from paras2s_jax.data.tokenizer import TextTokenizer
 from paras2s_jax.judge import polytone, salad, tone, transcribe
 from paras2s_jax.judge.recipe import Recipe
@@ -38,6 +38,12 @@ PART_FILES = (CODEC_FILE, TONE_FILE, TEXT_FILE, transcribe.MODEL_FILE, transcrib
 def speech_dir(workdir: Path) -> Path:
     """Where `synthesize` writes."""
     return workdir / "synthesize"
+
+
+def queries_of(workdir: Path, split: str) -> list[Query]:
+    """The spoken queries of a split; wavs relative to `speech_dir`."""
+    queries = records.read_jsonl(speech_dir(workdir) / "queries.jsonl", Query)
+    return [query for query in queries if query.split == split]
 
 
 def parts_dir(config: ConfigDict, workdir: Path) -> Path:

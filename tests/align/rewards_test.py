@@ -29,6 +29,23 @@ def waves():
     )
 
 
+def scored(waves):
+    """A training batch of each query and the first answer to it."""
+    query, query_len, answer, answer_len = waves
+    return {
+        "query": query,
+        "query_len": query_len,
+        "answer": answer[:, 0],
+        "answer_len": answer_len[:, 0],
+        "score": jnp.array([2.0, 3.5]),
+    }
+
+
+def first_readings(reward_model, variables, waves):
+    query, query_len, answer, answer_len = waves
+    return reward_model.readings(variables, query, query_len, answer[:, :1], answer_len[:, :1])
+
+
 def test_two_hot_by_hand():
     got = rewards.two_hot(jnp.array([3.0, 4.25, 1.0, 5.0]))
     want = [[0, 0, 1, 0, 0], [0, 0, 0, 0.75, 0.25], [1, 0, 0, 0, 0], [0, 0, 0, 0, 1]]
@@ -86,16 +103,9 @@ def test_both_waves_matter(reward_model, variables, waves):
 
 
 def test_loss_is_the_cross_entropy_of_the_score_token(reward_model, variables, waves):
-    query, query_len, answer, answer_len = waves
-    batch = {
-        "query": query,
-        "query_len": query_len,
-        "answer": answer[:, 0],
-        "answer_len": answer_len[:, 0],
-        "score": jnp.array([2.0, 3.5]),
-    }
+    batch = scored(waves)
     sums = rewards.make_loss(reward_model)(variables, batch, None)
-    given = reward_model.readings(variables, query, query_len, answer[:, :1], answer_len[:, :1])
+    given = first_readings(reward_model, variables, waves)
     logp = np.asarray(jax.nn.log_softmax(given.score[:, 0]))
     one, two, three, four, five = reward_model.prompt.digit_ids
     want = -logp[0, two] - 0.5 * logp[1, three] - 0.5 * logp[1, four]
@@ -105,20 +115,14 @@ def test_loss_is_the_cross_entropy_of_the_score_token(reward_model, variables, w
 
 
 def test_findings_of_the_judge_are_taught_where_they_are_known(reward_model, variables, waves):
-    query, query_len, answer, answer_len = waves
-    batch = {
-        "query": query,
-        "query_len": query_len,
-        "answer": answer[:, 0],
-        "answer_len": answer_len[:, 0],
-        "score": jnp.array([2.0, 3.5]),
+    batch = scored(waves) | {
         "style": jnp.array([rewards.STYLE_LABELS.index("sad"), rewards.UNKNOWN]),
         "tone": jnp.array([rewards.TONE_LABELS.index("wry"), rewards.TONE_LABELS.index("flat")]),
     }
     plain, taught = (
         rewards.make_loss(reward_model, weight)(variables, batch, None) for weight in (0.0, 0.5)
     )
-    given = reward_model.readings(variables, query, query_len, answer[:, :1], answer_len[:, :1])
+    given = first_readings(reward_model, variables, waves)
     style, tone = (np.asarray(jax.nn.log_softmax(x)) for x in (given.style, given.tone[:, 0]))
     prompt = reward_model.prompt
     sad = style[0, prompt.style_ids[rewards.STYLE_LABELS.index("sad")]]
