@@ -84,7 +84,12 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         dict(
             classifier_proj_size=64,
             recipe=dict(
-                num_steps=150, batch_size=24, lr=5e-4, warmup_steps=20, len_buckets_s=LEN_BUCKETS_S
+                num_steps=150,
+                batch_size=24,
+                lr=5e-4,
+                warmup_steps=20,
+                augment_share=1.0,
+                len_buckets_s=LEN_BUCKETS_S,
             ),
         )
     )

@@ -1,6 +1,7 @@
 """Speaking styles as data: who speaks (voices) and how (prosody per style and per tone)."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 
@@ -17,54 +18,53 @@ class VoiceSpec:
     split: str
 
 
-def _adult(variant: str, gender: str, split: str) -> VoiceSpec:
-    return VoiceSpec(f"en-us+{variant}", gender, "adult", split)
+def _adults(gender: str, split: str, variants: str) -> dict[str, VoiceSpec]:
+    return {
+        variant.lower(): VoiceSpec(f"en-us+{variant}", gender, "adult", split)
+        for variant in variants.split()
+    }
 
 
 # No voice is shared between the splits: a style is never recognised by a known speaker. All have
-# espeak's usual tempo, so that the rate tells the style. Median F0 at pitch 50: male 85-105 Hz,
-# female 165-230 Hz.
+# espeak's usual tempo and melody, so that rate and pitch range tell the style. Median F0 at pitch
+# 50: male 85-117 Hz, female 165-256 Hz. As many as there are: analyzers trained on a dozen voices
+# know those by heart and mishear others.
 VOICES = {
-    "adam": _adult("adam", "male", "train"),
-    "denis": _adult("Denis", "male", "train"),
-    "marcus": _adult("m5", "male", "train"),
-    "mike": _adult("mike2", "male", "train"),
-    "miles": _adult("m3", "male", "train"),
-    "victor": _adult("victor", "male", "train"),
-    "belinda": _adult("belinda", "female", "train"),
-    "fay": _adult("f1", "female", "train"),
-    "fiona": _adult("f5", "female", "train"),
-    "linda": _adult("linda", "female", "train"),
-    "steph": _adult("steph", "female", "train"),
-    "martin": _adult("m6", "male", "test"),
-    "sandro": _adult("sandro", "male", "test"),
-    "clara": _adult("f3", "female", "test"),
-    "flora": _adult("f4", "female", "test"),
+    **_adults(
+        "male",
+        "train",
+        "Alex Denis Diogo Gene Gene2 Henrique Hugo Mike adam benjamin iven iven3 m1 m2 m3 m5 "
+        "m7 m8 marcelo max michel miguel mike2 norbert pablo victor",
+    ),
+    **_adults("female", "train", "Alicia Annie aunty belinda f1 f5 grandma linda shelby steph"),
+    **_adults("male", "test", "m6 sandro"),
+    **_adults("female", "test", "f3 f4"),
 }
 
 # The assistant's own voice, which no user has: of all female variants, the one that a recogniser
 # trained on people understands best in every tone.
 ASSISTANT_VOICE = VoiceSpec("en-us+f2", "female", "adult", "assistant")
 
-# For synthesizers that know no espeak voices: `Delivery.voice` -> voice of OpenAI's speech API.
-OPENAI_VOICES = {
-    "en-us+adam": "ash",
-    "en-us+Denis": "echo",
-    "en-us+m5": "onyx",
-    "en-us+mike2": "verse",
-    "en-us+m3": "ash",
-    "en-us+victor": "onyx",
-    "en-us+belinda": "coral",
-    "en-us+f3": "marin",
-    "en-us+f1": "sage",
-    "en-us+f5": "coral",
-    "en-us+linda": "nova",
-    "en-us+m6": "ballad",
-    "en-us+sandro": "fable",
-    "en-us+f4": "shimmer",
-    "en-us+steph": "nova",
-    "en-us+f2": "alloy",
+# Voices of OpenAI's speech API, for synthesizers that know no espeak voices.
+_SERVER_VOICES = {
+    ("male", "train"): ("ash", "cedar", "echo", "onyx", "verse"),
+    ("female", "train"): ("coral", "nova", "sage"),
+    ("male", "test"): ("ballad", "fable"),
+    ("female", "test"): ("marin", "shimmer"),
+    ("female", "assistant"): ("alloy",),
 }
+
+
+def _server_voices() -> dict[str, str]:
+    """`Delivery.voice` -> voice on the server: of the same gender and split, in turn."""
+    names = {key: itertools.cycle(voices) for key, voices in _SERVER_VOICES.items()}
+    return {
+        voice.espeak: next(names[voice.gender, voice.split])
+        for voice in (*VOICES.values(), ASSISTANT_VOICE)
+    }
+
+
+OPENAI_VOICES = _server_voices()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +96,7 @@ QUERY_STYLES = {
         150, 22, 99, 75, instructions="Sound sarcastic: drawn out, low, with exaggerated melody."
     ),
     "child": Prosody(
-        220, 66, 65, 105, 1.28, instructions="Sound like a small child of about six years."
+        185, 70, 85, 105, 1.28, instructions="Sound like a child of six: high, slow, sing-song."
     ),
     "adult": dataclasses.replace(_NEUTRAL, instructions="Sound like an adult, in a plain voice."),
     "male": dataclasses.replace(_NEUTRAL, instructions="Sound like a man, in a plain voice."),
@@ -105,7 +105,7 @@ QUERY_STYLES = {
 
 # A man's vocal tract and pitch are further from a child's (F0 about 230 Hz) than a woman's.
 _MALE_VOICE = {
-    "child": dataclasses.replace(QUERY_STYLES["child"], pitch=95, tract_scale=1.36),
+    "child": dataclasses.replace(QUERY_STYLES["child"], pitch=99, tract_scale=1.46),
 }
 
 # What a style fades into as it gets milder: everyday speech; for a gender, a voice that could be
@@ -116,13 +116,13 @@ _MIDPOINTS = {
 }
 MILD = "Only hint at it."
 
-# How strong the styles are that analyzers learn from, per attribute. A surprised and a sad voice
-# are so far apart that even a plain analyzer would trust them more than the words; a hint will do.
+# How strong the styles are that analyzers learn from, per attribute. At full strength some are so
+# far apart that even a plain analyzer would trust the voice more than the words; a hint will do.
 POLYTONE_STRENGTH = {
-    "emotion": (0.25, 0.5),
-    "sarcasm": (1.0, 1.0),
-    "age": (1.0, 1.0),
-    "gender": (1.0, 1.0),
+    "emotion": (0.3, 0.55),
+    "sarcasm": (0.9, 1.0),
+    "age": (0.5, 0.8),
+    "gender": (0.65, 0.9),
 }
 
 ASSISTANT_TONES = {

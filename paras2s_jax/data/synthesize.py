@@ -2,29 +2,21 @@
 
 Plans are pure: each `plan_*` function lists clips (a record, its words, a delivery) from the bank
 and a seed, and every clip draws from a generator of its own, seeded by (seed, clip id), so that a
-clip does not depend on which others are made. `speak` then makes those that are missing.
+clip does not depend on which others are made. `speaking.speak` then makes those that are missing.
 """
 
-import concurrent.futures
 import dataclasses
-import functools
-import hashlib
-import json
-import multiprocessing
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
-import tqdm
 
-from paras2s_jax.audio import styles, synth, wave
+from paras2s_jax.audio import styles
 from paras2s_jax.data import records
-from paras2s_jax.data.bank import Bank, load_bank
+from paras2s_jax.data.bank import Bank, Leading, Sentence, load_bank
 from paras2s_jax.data.records import DIMENSIONS, PolytoneClip, Query, Response, SpeechClip
-
-_CHUNK = 32
+from paras2s_jax.data.speaking import ESPEAK, Clip, Maker, rng_of, speak
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +24,8 @@ class Sizes:
     """How much to speak.
 
     train_voices, test_voices: per sentence and style, also per neutral dialogue.
-    polytone_texts, polytone_voices: per attribute, each text in both styles by each voice.
+    polytone_texts, polytone_voices: per attribute, each text in both styles by each voice; half
+      of the texts are neutral, half suggest a style.
     plain_takes, contrary_takes: takes of each leading train / test text.
     answer_takes: train takes of each answer in each tone; one more is for testing.
     tone_texts: train texts spoken in all tones; a third as many test texts.
@@ -42,26 +35,10 @@ class Sizes:
     test_voices: int = 2
     polytone_texts: int = 60
     polytone_voices: int = 4
-    plain_takes: int = 12
+    plain_takes: int = 10
     contrary_takes: int = 8
     answer_takes: int = 3
     tone_texts: int = 180
-
-
-class Clip(NamedTuple):
-    """A clip to be: a record that still lacks `wav` and `dur_s`, and how to speak it."""
-
-    row: Any
-    folder: str
-    name: str
-    text: str
-    delivery: synth.Delivery
-
-
-def rng_of(seed: int, *names: str) -> np.random.Generator:
-    """A generator that depends on the seed and the names alone, on every machine."""
-    key = "/".join([str(seed), *names]).encode()
-    return np.random.default_rng(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest()))
 
 
 def voices_for(
@@ -154,33 +131,29 @@ def plan_answers(
 def plan_polytone(bank: Bank, seed: int, sizes: Sizes) -> list[Clip]:
     """Clips for the analyzers: PolyTone train, plain train and contradicting test sets.
 
-    All sets hold both labels equally often (paper section 2: the words must tell nothing).
+    All sets hold both labels equally often. PolyTone speaks each text in both styles (paper
+    section 2: the words must tell nothing), be it neutral or one whose words suggest a style.
     """
     clips = []
     for attribute in DIMENSIONS:
         labels = bank.styles(attribute)
-        neutral = bank.of("train")
-        order = rng_of(seed, "polytone", attribute).permutation(len(neutral))
-        for index in order[: sizes.polytone_texts]:
-            text, text_id = neutral[index].text, neutral[index].id
+        texts = bank.of("train")
+        texts += [row for label in labels for row in bank.leading_of(attribute, label, "train")]
+        order = rng_of(seed, "polytone", attribute).permutation(len(texts))
+        # Neutral and leading texts in turn.
+        for row in _in_turn([texts[i] for i in order], type)[: sizes.polytone_texts]:
             for label in labels:
-                takes = _takes(label, "train", sizes.polytone_voices, seed, attribute, text_id)
-                clips += [
-                    _polytone_clip(attribute, label, "polytone", text, text_id, take, seed)
-                    for take in takes
-                ]
+                takes = _takes(label, "train", sizes.polytone_voices, seed, attribute, row.id)
+                clips += [_polytone_clip(row, attribute, label, "polytone", t, seed) for t in takes]
         for label in labels:
             (contrary,) = set(labels) - {label}
             for kind, value, split, num_takes in (
                 ("plain", label, "train", sizes.plain_takes),
                 ("test", contrary, "test", sizes.contrary_takes),
             ):
-                for leading in bank.leading_of(attribute, value, split):
-                    for take in _takes(label, split, num_takes, seed, attribute, leading.id):
-                        text, text_id = leading.text, leading.id
-                        clips.append(
-                            _polytone_clip(attribute, label, kind, text, text_id, take, seed)
-                        )
+                for row in bank.leading_of(attribute, value, split):
+                    takes = _takes(label, split, num_takes, seed, attribute, row.id)
+                    clips += [_polytone_clip(row, attribute, label, kind, t, seed) for t in takes]
     return clips
 
 
@@ -224,15 +197,14 @@ def run(
     seed: int = 0,
     num_workers: int = 2,
     sizes: Sizes = Sizes(),
-    synthesizer: str = "espeak",
-    synthesizer_options: dict | None = None,
+    maker: Maker = ESPEAK,
     progress: bool = True,
 ) -> dict[str, float]:
     """Writes all jsonl files and wavs under `out_dir`; what is there already is kept.
 
     Args:
         bank: the texts; None for the bank of the package.
-        synthesizer, synthesizer_options: for `synth.make_synthesizer`.
+        maker: of `speaking.maker_of`.
 
     Returns: figures "<file>/clips" and "<file>/minutes", "total/…", and "made/clips" (new wavs).
     """
@@ -250,7 +222,6 @@ def run(
     plans["speech"] = plan_speech(bank, seed, sizes)
 
     everything = [clip for clips in plans.values() for clip in clips]
-    maker = synthesizer, json.dumps(synthesizer_options or {}, sort_keys=True)
     rows, num_made = speak(everything, out_dir, maker, num_workers=num_workers, progress=progress)
     figures = {"total/clips": len(rows), "made/clips": num_made}
     figures["total/minutes"] = round(sum(row.dur_s for row in rows) / 60, 2)
@@ -262,80 +233,6 @@ def run(
         figures[f"{name}/clips"] = len(part)
         figures[f"{name}/minutes"] = round(sum(row.dur_s for row in part) / 60, 2)
     return figures
-
-
-def speak(
-    clips: Sequence[Clip],
-    out_dir: Path,
-    maker: tuple[str, str] = ("espeak", "{}"),
-    *,
-    num_workers: int = 1,
-    progress: bool = False,
-) -> tuple[list, int]:
-    """Makes the clips' wavs (16 kHz PCM16) where missing or damaged, in parallel.
-
-    Args:
-        maker: name and options (a JSON object) for `synth.make_synthesizer`.
-
-    Returns: (records with `wav` and `dur_s`, in the clips' order; number of wavs made).
-    """
-    work = functools.partial(_speak_chunk, Path(out_dir), maker)
-    chunks = [clips[at : at + _CHUNK] for at in range(0, len(clips), _CHUNK)]
-    rows, num_made = [], 0
-    with tqdm.tqdm(total=len(clips), desc="synthesize", unit="clip", disable=not progress) as bar:
-        for part, made in _parallel(work, chunks, num_workers):
-            rows += part
-            num_made += made
-            bar.update(len(part))
-    return rows, num_made
-
-
-def _parallel(work: Callable, chunks: Sequence, num_workers: int) -> Iterator:
-    """Results of work(chunk) in order."""
-    if num_workers <= 1:
-        yield from map(work, chunks)
-        return
-    # Spawned, because a fork of a process that runs JAX or TensorFlow threads can hang.
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(num_workers, context) as executor:
-        yield from executor.map(work, chunks)
-
-
-def _speak_chunk(out_dir: Path, maker: tuple[str, str], clips: Sequence[Clip]) -> tuple:
-    """Returns: (records of the chunk, number of wavs made)."""
-    rows, num_made = [], 0
-    for clip in clips:
-        # The name holds a digest of all that shapes the sound: a wav of an earlier bank, seed or
-        # style table is never taken for the one wanted now.
-        spoken = repr((maker, clip.text, dataclasses.astuple(clip.delivery))).encode()
-        digest = hashlib.blake2b(spoken, digest_size=4).hexdigest()
-        relative = f"wavs/{clip.folder}/{clip.name}-{digest}.wav"
-        num_samples = _num_samples(out_dir / relative)
-        if not num_samples:
-            synthesizer = _synthesizer(*maker)
-            sound = synthesizer.speak(clip.text, clip.delivery)
-            sound = wave.resample(sound, synthesizer.rate_hz, wave.RATE_HZ)
-            wave.save(out_dir / relative, sound, wave.RATE_HZ)
-            num_samples = len(sound)
-            num_made += 1
-        dur_s = round(num_samples / wave.RATE_HZ, 4)
-        rows.append(dataclasses.replace(clip.row, wav=relative, dur_s=dur_s))
-    return rows, num_made
-
-
-def _num_samples(path: Path) -> int:
-    """Length of a sound file, or 0 if it is missing or damaged and must be made again."""
-    if not path.is_file():
-        return 0
-    try:
-        return len(wave.load(path, wave.RATE_HZ))
-    except wave.AudioError:
-        return 0
-
-
-@functools.cache
-def _synthesizer(name: str, options: str) -> synth.Synthesizer:
-    return synth.make_synthesizer(name, **json.loads(options))
 
 
 def _query_clip(row: Query, seed: int) -> Clip:
@@ -350,15 +247,17 @@ def _answer_clip(query: Query, system: str, folder: str, text: str, tone: str, s
 
 
 def _polytone_clip(
-    attribute: str, label: str, kind: str, text: str, text_id: str, take: tuple, seed: int
+    text: Sentence | Leading, attribute: str, label: str, kind: str, take: tuple, seed: int
 ) -> Clip:
     voice, number = take
-    name = f"{kind}-{attribute}-{text_id}-{label}-{voice}-{number}"
-    row = PolytoneClip(name, attribute, label, text, text_id, kind, voice, wav="", dur_s=0.0)
+    name = f"{kind}-{attribute}-{text.id}-{label}-{voice}-{number}"
+    row = PolytoneClip(name, attribute, label, text.text, text.id, kind, voice, wav="", dur_s=0.0)
     rng = rng_of(seed, "polytone", name)
-    strength = rng.uniform(*styles.POLYTONE_STRENGTH[attribute])
+    lowest, highest = styles.POLYTONE_STRENGTH[attribute]
+    # Tested where the voice is as plain as it gets in training.
+    strength = highest if kind == "test" else rng.uniform(lowest, highest)
     delivery = styles.delivery(voice, label, rng, strength)
-    return Clip(row, "polytone", name, text, delivery)
+    return Clip(row, "polytone", name, text.text, delivery)
 
 
 def _takes(style: str, split: str, num_takes: int, seed: int, *names: str) -> list[tuple]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from paras2s_jax.audio import styles
 from paras2s_jax.audio import wave as wave_lib
-from paras2s_jax.data import synthesize
+from paras2s_jax.data import speaking
 from paras2s_jax.data.bank import Bank
 from paras2s_jax.data.records import Query, Response, Verdict
 from paras2s_jax.data.tokenizer import normalize
@@ -45,7 +45,7 @@ def build(
     out_dir: Path,
     *,
     seed: int = 0,
-    maker: tuple[str, str] = ("espeak", "{}"),
+    maker: speaking.Maker = speaking.ESPEAK,
     num_workers: int = 1,
     resynthesize: Resynthesize | None = None,
 ) -> list[Probe]:
@@ -53,11 +53,11 @@ def build(
 
     Args:
         queries: of the dimensions that have two styles.
-        maker: see `synthesize.speak`.
+        maker: of `speaking.maker_of`.
         resynthesize: passes waves through a codec, so that probes sound like a policy.
     """
     clips = [_spoken_clip(kind, query, bank, seed) for query in queries for kind in SPOKEN]
-    responses, _ = synthesize.speak(clips, out_dir, maker, num_workers=num_workers)
+    responses, _ = speaking.speak(clips, out_dir, maker, num_workers=num_workers)
     waves = {}
     if resynthesize is not None:
         responses, waves = _resynthesized(responses, out_dir, resynthesize)
@@ -135,13 +135,13 @@ def order_share(scores: Sequence[Mapping[str, float]]) -> float:
     return _mean(right)
 
 
-def _spoken_clip(kind: str, query: Query, bank: Bank, seed: int) -> synthesize.Clip:
-    rng = synthesize.rng_of(seed, "probes", query.id, kind)
+def _spoken_clip(kind: str, query: Query, bank: Bank, seed: int) -> speaking.Clip:
+    rng = speaking.rng_of(seed, "probes", query.id, kind)
     tones = bank.rubric[query.dimension, query.style].tones
     style = query.contrast if kind == "wrong_words" else query.style
     tone = min(tones, key=tones.get) if kind == "wrong_style" else max(tones, key=tones.get)
     text = rng.choice(bank.answers[query.dimension, style]).item()
-    return synthesize.Clip(
+    return speaking.Clip(
         row=_response(kind, query, text, tone, "", 0),
         folder="probes",
         name=f"{query.id}-{kind}",
@@ -151,7 +151,7 @@ def _spoken_clip(kind: str, query: Query, bank: Bank, seed: int) -> synthesize.C
 
 
 def _wordless(seed: int, query: Query) -> dict[str, np.ndarray]:
-    rng = synthesize.rng_of(seed, "probes", query.id, "noise")
+    rng = speaking.rng_of(seed, "probes", query.id, "noise")
     num_samples = round(NOISE_DUR_S * wave_lib.RATE_HZ)
     noise = NOISE_RMS * rng.standard_normal(num_samples).astype(np.float32)
     return {"noise": noise, "silence": np.zeros(num_samples, np.float32)}

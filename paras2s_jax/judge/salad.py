@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from paras2s_jax.audio import styles
-from paras2s_jax.data import synthesize
+from paras2s_jax.data import speaking, synthesize
 from paras2s_jax.data.records import SpeechClip
 from paras2s_jax.data.tokenizer import normalize
 
@@ -24,7 +24,7 @@ def speak(
     *,
     seed: int = 0,
     assistant_share: float = 0.6,
-    maker: tuple[str, str] = ("espeak", "{}"),
+    maker: speaking.Maker = speaking.ESPEAK,
     num_workers: int = 1,
     progress: bool = True,
 ) -> list[SpeechClip]:
@@ -34,12 +34,12 @@ def speak(
         texts: where the words come from; punctuation is dropped.
         assistant_share: share of the clips in the assistant's voice, in all of its tones; the rest
             is spoken by the train voices in all styles.
-        maker: see `synthesize.speak`.
+        maker: of `speaking.maker_of`.
 
     Returns: clips of kind "salad", wavs relative to out_dir; what is there already is kept.
     """
     words = sorted({word for text in texts for word in normalize(text).split()})
-    rng = synthesize.rng_of(seed, "salad")
+    rng = speaking.rng_of(seed, "salad")
     # Every word once in random order, then again in another.
     stream = iter(
         word
@@ -52,14 +52,14 @@ def speak(
         text = " ".join(next(stream) for _ in range(count))
         is_assistant = rng.random() < assistant_share
         clips.append(_clip(f"salad-{index:05d}", text, is_assistant, seed))
-    rows, _ = synthesize.speak(
+    rows, _ = speaking.speak(
         clips, Path(out_dir), maker, num_workers=num_workers, progress=progress
     )
     return rows
 
 
-def _clip(name: str, text: str, is_assistant: bool, seed: int) -> synthesize.Clip:
-    rng = synthesize.rng_of(seed, "salad", name)
+def _clip(name: str, text: str, is_assistant: bool, seed: int) -> speaking.Clip:
+    rng = speaking.rng_of(seed, "salad", name)
     tone = None
     if is_assistant:
         tone = str(rng.choice(styles.TONES))
@@ -67,7 +67,7 @@ def _clip(name: str, text: str, is_assistant: bool, seed: int) -> synthesize.Cli
     else:
         delivery = styles.delivery(*_voice_and_style(rng), rng)
     row = SpeechClip(name, text, wav="", split="train", dur_s=0.0, kind="salad", tone=tone)
-    return synthesize.Clip(row, "salad", name, text, delivery)
+    return speaking.Clip(row, "salad", name, text, delivery)
 
 
 def _voice_and_style(rng: np.random.Generator) -> tuple[str, str]:

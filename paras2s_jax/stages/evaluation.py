@@ -22,7 +22,7 @@ from paras2s_jax.judge.ledger import params_digest
 from paras2s_jax.models.codec import KMeansCodec
 from paras2s_jax.stages.judging import make_judge
 from paras2s_jax.stages.policy import Assembly, assemble, policy_params
-from paras2s_jax.stages.speech import CODEC_FILE, parts_dir, queries_of, speech_dir
+from paras2s_jax.stages.speech import CODEC_FILE, maker_of, parts_dir, queries_of, speech_dir
 
 POLICY_STAGES = ("base", "sft", "sft_5x", "grpo")
 
@@ -89,6 +89,7 @@ def _probe_figures(
         load_bank(),
         workdir / "bench" / "probes",
         seed=config.seed,
+        maker=maker_of(config),
         resynthesize=resynthesize,
     )
     return probes.run(judge, chosen, speech_dir(workdir))[0]

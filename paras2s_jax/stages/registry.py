@@ -23,6 +23,8 @@ from rich.table import Table
 from paras2s_jax import __version__
 
 SUMMARY, SETTINGS = "summary.json", "settings.json"
+# Keys of any section that change how fast a stage is, not what it makes.
+SPEED_KEYS = frozenset({"num_workers"})
 
 Figures = dict[str, float]
 
@@ -70,6 +72,12 @@ def plain(value: object) -> object:
     if isinstance(value, ml_collections.ConfigDict):
         value = value.to_dict()
     return json.loads(json.dumps(value))
+
+
+def _without_speed(value: object) -> object:
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_speed(v) for key, v in value.items() if key not in SPEED_KEYS}
 
 
 def _differences(old: object, new: object, path: str = "config") -> list[str]:
@@ -179,7 +187,7 @@ class Runner:
         keys = set(stage.sections)
         for name in stage.needs:
             keys |= set(self._relevant(self.stages[name]))
-        return {key: plain(self.config[key]) for key in sorted(keys)}
+        return {key: _without_speed(plain(self.config[key])) for key in sorted(keys)}
 
     def _is_finished(self, stage: Stage) -> bool:
         return (self.workdir / stage.name / SUMMARY).exists()

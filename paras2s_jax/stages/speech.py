@@ -13,12 +13,12 @@ import tqdm
 from ml_collections import ConfigDict
 
 from paras2s_jax.audio import wave
-from paras2s_jax.data import records, synthesize
+from paras2s_jax.data import records, speaking, synthesize
 from paras2s_jax.data.bank import load_bank
 from paras2s_jax.data.records import PolytoneClip, Query, SpeechClip
 from paras2s_jax.data.tokenizer import TextTokenizer
 from paras2s_jax.judge import polytone, salad, tone, transcribe
-from paras2s_jax.judge.recipe import Recipe
+from paras2s_jax.judge.recipe import Recipe, another_microphone
 from paras2s_jax.models.codec import KMeansCodec, fit_codebook
 from paras2s_jax.models.whisper_layers import WhisperConfig
 from paras2s_jax.stages.registry import figures_of
@@ -60,9 +60,13 @@ def run_synthesize(config: ConfigDict, workdir: Path) -> dict[str, float]:
         seed=config.seed,
         num_workers=c.num_workers,
         sizes=synthesize.Sizes(**c.sizes),
-        synthesizer=c.synthesizer,
-        synthesizer_options=dict(c.options),
+        maker=maker_of(config),
     )
+
+
+def maker_of(config: ConfigDict) -> speaking.Maker:
+    """The configured synthesizer."""
+    return speaking.maker_of(config.synthesize.synthesizer, dict(config.synthesize.options))
 
 
 def recipe_of(section: ConfigDict, seed: int) -> Recipe:
@@ -180,6 +184,7 @@ def _salad_clips(config: ConfigDict, codec: KMeansCodec, folder: Path) -> list[S
         folder / "salad",
         config.pretrain.salad_clips,
         seed=config.seed,
+        maker=maker_of(config),
         num_workers=config.synthesize.num_workers,
     )
     spoken = [clip for clip in clips if clip.tone is not None]
@@ -242,6 +247,7 @@ def _fit_analyzers(
         folder,
         of_set=of_set,
         init_encoder=encoder,
+        augment=another_microphone,
     )
 
 

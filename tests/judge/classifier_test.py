@@ -124,3 +124,18 @@ def test_augment_touches_its_share_and_keeps_the_shape():
     assert new.shape == waves.shape
     same, _ = recipe.augment_rows(waves, lens, None, RECIPE, jax.random.key(0))
     np.testing.assert_array_equal(same, waves)
+
+
+def test_another_microphone_keeps_loudness_length_and_padding():
+    waves = np.random.default_rng(0).normal(0, [[0.05], [0.2]], (2, 4000)).astype(np.float32)
+    lens = jnp.asarray([4000, 3000])
+    waves[1, 3000:] = 0.0
+    new, new_lens = recipe.another_microphone(jnp.asarray(waves), lens, jax.random.key(1))
+    np.testing.assert_array_equal(new_lens, lens)
+    np.testing.assert_array_equal(new[1, 3000:], 0.0)
+    for row, length in enumerate(lens):
+        before, after = (np.sqrt(np.mean(x[row, :length] ** 2)) for x in (waves, np.asarray(new)))
+        np.testing.assert_allclose(after, before, rtol=1e-3)
+    assert np.abs(new - waves).max() > 0.01
+    silent, _ = recipe.another_microphone(jnp.zeros((1, 100)), jnp.zeros(1, int), jax.random.key(1))
+    np.testing.assert_array_equal(silent, 0.0)

@@ -54,24 +54,25 @@ def test_the_shipped_parts_are_small_and_complete():
 
 
 def test_the_shipped_recogniser_and_tone_namer_hear_what_is_said_and_how():
-    answers = [
+    answers = 4 * [
         ("Wow, really? Tell me all about it!", "excited"),
         ("So sorry, I am here for you.", "gentle"),
         ("Technically, many factors interact here.", "formal"),
     ]
     rng = np.random.default_rng(7)
     waves = [_speak(text, styles.tone_delivery(tone, rng)) for text, tone in answers]
-    heard = WhisperTranscriber.load(PARTS, batch_size=4).transcribe(waves)
+    heard = WhisperTranscriber.load(PARTS, batch_size=12).transcribe(waves)
     assert [row.text for row in heard] == [normalize(text) for text, _ in answers]
-    tones, _ = WaveClassifier.load(PARTS / speech.TONE_FILE, batch_size=4).name(waves)
-    assert tones == [tone for _, tone in answers]
+    tones, _ = WaveClassifier.load(PARTS / speech.TONE_FILE, batch_size=12).name(waves)
+    hits = [found == tone for found, (_, tone) in zip(tones, answers, strict=True)]
+    assert np.mean(hits) > 0.9
 
 
 def test_the_shipped_base_policy_answers_speech_with_speech(tmp_path):
     config = _config()
     made = policy.assemble(config, tmp_path)
     variables, _ = load_part(PARTS / speech.BASE_FILE, "float32")
-    delivery = styles.delivery("clara", "neutral", np.random.default_rng(0))
+    delivery = styles.delivery("f3", "neutral", np.random.default_rng(0))
     query = _speak("How does a rocket fly so high?", delivery)
     waves = np.zeros((1, 48_000), np.float32)
     waves[0, : len(query)] = query

@@ -236,3 +236,11 @@ def test_the_real_stages_fit_together_and_the_tiny_config():
         assert runner._relevant(stage)
     # A section that no stage names could change unnoticed under finished results.
     assert {key for stage in STAGES.values() for key in stage.sections} == set(config.keys())
+
+
+def test_how_fast_a_stage_works_may_change(work, tmp_path):
+    Runner(work.stages, make_config(b={"lr": 0.1, "num_workers": 1}), tmp_path).run("b")
+    Runner(work.stages, make_config(b={"lr": 0.1, "num_workers": 2}), tmp_path).run("b")
+    assert work.ran == ["a", "b"]
+    with pytest.raises(StageError, match=r"config\.b\.lr"):
+        Runner(work.stages, make_config(b={"lr": 0.2, "num_workers": 1}), tmp_path).run("b")
