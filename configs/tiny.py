@@ -13,6 +13,21 @@ from ml_collections import ConfigDict
 LEN_BUCKETS_S = (1.5, 2.0, 3.0, 4.2)
 
 
+# What training on spoken answers has in common.
+_DEMONSTRATIONS = dict(
+    batch_size=32,
+    accum_steps=1,
+    lr=1e-3,
+    warmup_steps=20,
+    weight_decay=0.01,
+    schedule="cosine",
+    save_every=200,
+    len_buckets_s=(1.5, 2.0, 3.2, 3.6),
+    token_buckets=(32,),
+    max_bad_share=0.01,
+)
+
+
 def whisper(**fields) -> ConfigDict:
     """A small Whisper: 16 kHz, 80 mels, 50 frames a second."""
     base = dict(
@@ -46,9 +61,30 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         dict(synthesizer="espeak", options={}, num_workers=2, sizes=dict(train_voices=4))
     )
 
+    _add_parts(c, "train" if arg else "tiny")
+    _add_policy(c)
+    _add_supervision(c)
+    _add_reinforcement(c)
+
+    c.retention = ConfigDict(dict(betas=(0.0,)))
+    c.bench = ConfigDict(
+        dict(
+            batch_size=48,
+            len_buckets_s=(2.0, 3.2),
+            num_samples=1,
+            use_labels=False,
+            num_workers=2,
+            num_probes=60,
+            sentences_in_report=4,
+        )
+    )
+    return c
+
+
+def _add_parts(c: ConfigDict, source: str) -> None:
     # The small parts that everything else stands on.
     c.pretrain = ConfigDict()
-    c.pretrain.source = "train" if arg else "tiny"
+    c.pretrain.source = source
     c.pretrain.text_vocab_size = 512
     c.pretrain.copies_of_others = 800
     c.pretrain.salad_clips = 2000
@@ -94,6 +130,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         )
     )
 
+
+def _add_policy(c: ConfigDict) -> None:
     # The policy: a small Kimi-Audio. Text ids 0-511, specials 512-551, speech codes from 552.
     c.policy = ConfigDict()
     c.policy.model = ConfigDict(
@@ -122,25 +160,17 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     c.policy.text_sampling = ConfigDict(dict(temperature=1.0, top_k=0))
     c.policy.audio_sampling = ConfigDict(dict(temperature=0.5, top_k=0))
 
-    demonstrations = dict(
-        batch_size=32,
-        accum_steps=1,
-        lr=1e-3,
-        warmup_steps=20,
-        weight_decay=0.01,
-        schedule="cosine",
-        save_every=200,
-        len_buckets_s=(1.5, 2.0, 3.2, 3.6),
-        token_buckets=(32,),
-        max_bad_share=0.01,
-    )
-    c.base = ConfigDict(demonstrations | dict(num_steps=600, neutral_repeats=5))
-    c.sft = ConfigDict(demonstrations | dict(num_steps=80, num_demonstrations=80))
-    c.sft_5x = ConfigDict(demonstrations | dict(num_steps=200, num_demonstrations=400))
 
+def _add_supervision(c: ConfigDict) -> None:
+    c.base = ConfigDict(_DEMONSTRATIONS | dict(num_steps=600, neutral_repeats=5))
+    c.sft = ConfigDict(_DEMONSTRATIONS | dict(num_steps=80, num_demonstrations=80))
+    c.sft_5x = ConfigDict(_DEMONSTRATIONS | dict(num_steps=200, num_demonstrations=400))
+
+
+def _add_reinforcement(c: ConfigDict) -> None:
     c.judge = ConfigDict(dict(batch_size=32))
     c.distill = ConfigDict(
-        demonstrations
+        _DEMONSTRATIONS
         | dict(
             num_queries=480,
             num_samples=4,
@@ -196,16 +226,3 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             audit_prompts=4,
         )
     )
-    c.retention = ConfigDict(dict(betas=(0.0,)))
-    c.bench = ConfigDict(
-        dict(
-            batch_size=48,
-            len_buckets_s=(2.0, 3.2),
-            num_samples=1,
-            use_labels=False,
-            num_workers=2,
-            num_probes=60,
-            sentences_in_report=4,
-        )
-    )
-    return c
