@@ -163,8 +163,8 @@ def _add_policy(c: ConfigDict) -> None:
 
 def _add_supervision(c: ConfigDict) -> None:
     c.base = ConfigDict(_DEMONSTRATIONS | dict(num_steps=600, neutral_repeats=5))
-    c.sft = ConfigDict(_DEMONSTRATIONS | dict(num_steps=80, num_demonstrations=80))
-    c.sft_5x = ConfigDict(_DEMONSTRATIONS | dict(num_steps=200, num_demonstrations=400))
+    c.sft = ConfigDict(_DEMONSTRATIONS | dict(num_steps=60, num_demonstrations=60))
+    c.sft_5x = ConfigDict(_DEMONSTRATIONS | dict(num_steps=150, num_demonstrations=300))
 
 
 def _add_reinforcement(c: ConfigDict) -> None:
