@@ -4,13 +4,16 @@ The order of an epoch is a plan computed from (seed, epoch) alone, so a position
 restoring it costs nothing. tf.data only carries out the plan: it decodes, pads and prefetches.
 """
 
+import atexit
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import os
 import pathlib
 import types
+import weakref
 from collections.abc import Iterator, Sequence
 from concurrent import futures
 from typing import Any
@@ -123,6 +126,7 @@ def len_samples(path: str | os.PathLike) -> int:
     return math.ceil(info.frames * wave.RATE_HZ / info.samplerate) + 1
 
 
+@functools.cache
 def _tensorflow() -> types.ModuleType:
     """Imports TensorFlow on first use (it takes seconds), quietly, for the CPU alone."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -132,7 +136,18 @@ def _tensorflow() -> types.ModuleType:
 
     # The accelerator belongs to JAX.
     tensorflow.config.set_visible_devices([], "GPU")
+    # A pipeline that still reads ahead when Python shuts down waits for Python: for minutes, or
+    # for ever. Registered after TensorFlow's own handlers, so that it runs before them.
+    atexit.register(_close_all)
     return tensorflow
+
+
+_open: "weakref.WeakSet[Batches]" = weakref.WeakSet()
+
+
+def _close_all() -> None:
+    for batches in list(_open):
+        batches.close()
 
 
 class Batches:
@@ -204,6 +219,10 @@ class Batches:
         self._epoch, self._batch = int(state["epoch"]), int(state["batch"])
         self._ended, self._source = False, None
 
+    def close(self) -> None:
+        """Stops reading ahead; the next batch starts the reading again."""
+        self._source = None
+
     def __len__(self) -> int:
         """Batches per epoch."""
         return self._num_batches
@@ -216,6 +235,7 @@ class Batches:
     def __next__(self) -> dict[str, np.ndarray]:
         tf = _tensorflow()
         if self._source is None:
+            _open.add(self)
             self._source = self._dataset(self._epoch, self._batch).as_numpy_iterator()
         try:
             row, *columns = next(self._source)

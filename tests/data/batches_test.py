@@ -1,4 +1,7 @@
 import json
+import subprocess
+import sys
+import textwrap
 
 import numpy as np
 import pytest
@@ -214,3 +217,43 @@ def test_impossible_settings_are_errors(corpus):
         make(corpus, scalar_keys=("tone",))
     with pytest.raises(ValueError, match="no buckets"):
         make(corpus, token_buckets=())
+
+
+def test_a_process_ends_while_pipelines_read_ahead(tmp_path):
+    wave.save(tmp_path / "a.wav", np.zeros(8000, np.float32), wave.RATE_HZ)
+    program = f"""
+        from paras2s_jax.data.batches import Batches
+        kept = []
+        for _ in range(4):
+            rows = [{{"wav": "a.wav"}}] * 64
+            kept.append(Batches(rows, root={str(tmp_path)!r}, audio_keys=("wav",), batch_size=16,
+                                len_buckets_s=(1.0,), repeat=True))
+            next(kept[-1])
+        print(sum(batches._source is not None for batches in kept))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert done.stdout.strip() == "4"
+
+
+def test_a_closed_pipeline_goes_on_where_it_was(tmp_path):
+    rows = []
+    for number in range(4):
+        wave.save(tmp_path / f"{number}.wav", np.full(8000, 0.1, np.float32), wave.RATE_HZ)
+        rows.append({"wav": f"{number}.wav", "number": number})
+    once = batches.Batches(
+        rows,
+        root=tmp_path,
+        audio_keys=("wav",),
+        scalar_keys=("number",),
+        batch_size=1,
+        len_buckets_s=(1.0,),
+    )
+    first = next(once)["number"].item()
+    once.close()
+    assert [first] + [batch["number"].item() for batch in once] == [0, 1, 2, 3]
