@@ -26,8 +26,8 @@ def _adults(gender: str, split: str, variants: str) -> dict[str, VoiceSpec]:
 
 
 # No voice is shared between the splits: a style is never recognised by a known speaker. All have
-# espeak's usual tempo and melody, so that rate and pitch range tell the style. Median F0 at pitch
-# 50: male 85-117 Hz, female 165-256 Hz. As many as there are: analyzers trained on a dozen voices
+# about espeak's usual tempo and melody, so that rate and pitch range tell the style. Median F0 at
+# pitch 50: male 85-117 Hz, female 165-256 Hz. Many, because analyzers trained on a dozen voices
 # know those by heart and mishear others.
 VOICES = {
     **_adults(

@@ -217,7 +217,8 @@ class Batches:
                 "checkpoint was written; use a new workdir, or put them back"
             )
         self._epoch, self._batch = int(state["epoch"]), int(state["batch"])
-        self._ended, self._source = False, None
+        self._ended = False
+        self.close()
 
     def close(self) -> None:
         """Stops reading ahead; the next batch starts the reading again."""
@@ -229,7 +230,8 @@ class Batches:
 
     def __iter__(self) -> "Batches":
         if self._ended:
-            self._epoch, self._batch, self._ended, self._source = self._epoch + 1, 0, False, None
+            self._epoch, self._batch, self._ended = self._epoch + 1, 0, False
+            self.close()
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:

@@ -66,9 +66,8 @@ def another_microphone(
     real = jnp.arange(waves.shape[1]) < lens[:, None]
 
     def level(x):
-        return jnp.sqrt(jnp.sum(jnp.square(x) * real, axis=1) / jnp.maximum(lens, 1) + 1e-9)[
-            :, None
-        ]
+        power = jnp.sum(jnp.square(x) * real, axis=1) / jnp.maximum(lens, 1)
+        return jnp.sqrt(power + 1e-9)[:, None]
 
     tilt = jax.random.uniform(rng, (waves.shape[0], 1), minval=-_MAX_TILT, maxval=_MAX_TILT)
     tilted = waves + tilt * jnp.pad(waves, ((0, 0), (1, 0)))[:, :-1]

@@ -67,17 +67,15 @@ class Lazy:
         return self.load()(config, workdir)
 
 
-def plain(value: object) -> object:
-    """A config value as plain JSON data (tuples become lists)."""
-    if isinstance(value, ml_collections.ConfigDict):
-        value = value.to_dict()
-    return json.loads(json.dumps(value))
+def _settings(section: object) -> object:
+    """A config value as plain JSON data (tuples become lists), without the keys of speed."""
+    if isinstance(section, ml_collections.ConfigDict):
+        section = section.to_dict()
 
+    def keep(values: dict) -> dict:
+        return {key: value for key, value in values.items() if key not in SPEED_KEYS}
 
-def _without_speed(value: object) -> object:
-    if not isinstance(value, dict):
-        return value
-    return {key: _without_speed(v) for key, v in value.items() if key not in SPEED_KEYS}
+    return json.loads(json.dumps(section), object_hook=keep)
 
 
 def _differences(old: object, new: object, path: str = "config") -> list[str]:
@@ -187,7 +185,7 @@ class Runner:
         keys = set(stage.sections)
         for name in stage.needs:
             keys |= set(self._relevant(self.stages[name]))
-        return {key: _without_speed(plain(self.config[key])) for key in sorted(keys)}
+        return {key: _settings(self.config[key]) for key in sorted(keys)}
 
     def _is_finished(self, stage: Stage) -> bool:
         return (self.workdir / stage.name / SUMMARY).exists()
