@@ -157,6 +157,7 @@ def _add_policy(c: ConfigDict) -> None:
     c.policy.remat = "none"
     c.policy.logp_chunk = 768
     c.policy.griffin_lim_iters = 4
+    c.policy.griffin_lim_rows = 8
     c.policy.text_sampling = ConfigDict(dict(temperature=1.0, top_k=0))
     c.policy.audio_sampling = ConfigDict(dict(temperature=0.5, top_k=0))
 

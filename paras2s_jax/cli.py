@@ -191,6 +191,14 @@ def _stage_name(argument: str, stages: Mapping) -> str:
     return argument
 
 
+def _keep_compiled(workdir: Path) -> None:
+    """Programs are compiled once per workdir: for all stages that run them, and when resumed."""
+    import jax
+
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script; returns the exit status."""
     argv = list(sys.argv if argv is None else argv)
@@ -208,6 +216,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         name = _stage_name(argv[1], STAGES)
         config, workdir = parse([argv[0], *argv[2:]])
+        _keep_compiled(Path(workdir))
         Runner(STAGES, config, workdir).run(name)
     except KeyboardInterrupt:
         print("paras2s: interrupted; the same command goes on from there.", file=sys.stderr)

@@ -6,6 +6,7 @@ import sys
 import types
 from pathlib import Path
 
+import jax
 import pytest
 
 from paras2s_jax import cli
@@ -13,6 +14,13 @@ from paras2s_jax.stages.registry import Stage, StageError
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = "--config=configs/tiny.py"
+
+
+@pytest.fixture(autouse=True)
+def cache_dir():
+    """The command line sets the folder of compiled programs for its whole process."""
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
 
 
 @pytest.fixture
@@ -176,6 +184,13 @@ def test_runs_a_stage_with_overrides(ran, tmp_path):
     assert config.grpo.len_buckets_s == (1, 2.5)
     with pytest.raises(AttributeError):  # locked: the library cannot read a key that is not there
         config.grpo.betta = 0
+
+
+@pytest.mark.parametrize("given", [None, "elsewhere"])
+def test_compiled_programs_are_kept_in_the_workdir_unless_told_otherwise(ran, tmp_path, given):
+    jax.config.update("jax_compilation_cache_dir", given)
+    assert call("grpo", TINY, f"--workdir={tmp_path}") == 0
+    assert jax.config.jax_compilation_cache_dir == (given or str(tmp_path / "compiled"))
 
 
 def test_workdir_is_named_after_the_config(monkeypatch):

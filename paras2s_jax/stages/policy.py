@@ -60,7 +60,9 @@ def assemble(config: ConfigDict, workdir: Path) -> Assembly:
     folder, c = parts_dir(config, workdir), config.policy
     variables, meta = load_part(folder / transcribe.MODEL_FILE, "float32")
     encoder = {"params": variables["params"]["encoder"]}
-    codec = KMeansCodec.load(folder / CODEC_FILE, num_iters=c.griffin_lim_iters)
+    codec = KMeansCodec.load(
+        folder / CODEC_FILE, num_iters=c.griffin_lim_iters, rows_at_once=c.griffin_lim_rows
+    )
     policy = SpeechPolicy(
         model=KimiAudio(KimiAudioConfig(**c.model), scan_unroll=c.scan_unroll, remat=c.remat),
         encoder=WhisperEncoder(WhisperConfig(**meta["config"]), scan_unroll=c.scan_unroll),

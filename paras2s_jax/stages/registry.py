@@ -24,7 +24,7 @@ from paras2s_jax import __version__
 
 SUMMARY, SETTINGS = "summary.json", "settings.json"
 # Keys of any section that change how fast a stage is, not what it makes.
-SPEED_KEYS = frozenset({"num_workers"})
+SPEED_KEYS = frozenset({"num_workers", "griffin_lim_rows"})
 
 Figures = dict[str, float]
 

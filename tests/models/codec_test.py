@@ -92,6 +92,14 @@ def test_pitch_and_level_survive(codec, hz):
     assert 0.5 < np.std(loud) / (0.3 / 2**0.5) < 2
 
 
+def test_rows_decoded_a_few_at_a_time_sound_the_same(codec, waves):
+    padded = np.stack([np.resize(wave, 12_800) for wave in waves[:3]])
+    codes, len_codes = encode(codec, padded, np.array([12_800, 6400, 9000]))
+    together, _ = decode(codec, codes, len_codes)
+    apart, _ = decode(codec.replace(rows_at_once=2), codes, len_codes)
+    np.testing.assert_array_equal(apart, together)
+
+
 def test_silence_and_unknown_codes_are_silent(codec):
     assert np.abs(there_and_back(codec, np.zeros(6400, np.float32))).max() < 1e-3
     waves, _ = decode(codec, np.array([[-1, 32, 99]]), np.array([3]))
