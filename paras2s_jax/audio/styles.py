@@ -121,7 +121,7 @@ MILD = "Only hint at it."
 POLYTONE_STRENGTH = {
     "emotion": (0.3, 0.55),
     "sarcasm": (0.9, 1.0),
-    "age": (0.5, 0.8),
+    "age": (0.46, 0.71),
     "gender": (0.65, 0.9),
 }
 
