@@ -13,7 +13,8 @@ from ml_collections import ConfigDict
 LEN_BUCKETS_S = (1.5, 2.0, 3.0, 4.2)
 
 
-# What training on spoken answers has in common.
+# What training on spoken answers has in common. Where steps are few, one bucket for all lengths: each
+# more is compiled for longer than it saves.
 _DEMONSTRATIONS = dict(
     batch_size=32,
     accum_steps=1,
@@ -22,7 +23,7 @@ _DEMONSTRATIONS = dict(
     weight_decay=0.01,
     schedule="cosine",
     save_every=200,
-    len_buckets_s=(1.5, 2.0, 3.2, 3.6),
+    len_buckets_s=(3.6,),
     token_buckets=(32,),
     max_bad_share=0.01,
 )
@@ -70,7 +71,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     c.bench = ConfigDict(
         dict(
             batch_size=48,
-            len_buckets_s=(2.0, 3.2),
+            len_buckets_s=(3.2,),
             num_samples=2,
             use_labels=False,
             num_workers=2,
@@ -163,7 +164,10 @@ def _add_policy(c: ConfigDict) -> None:
 
 
 def _add_supervision(c: ConfigDict) -> None:
-    c.base = ConfigDict(_DEMONSTRATIONS | dict(num_steps=600, neutral_repeats=5))
+    c.base = ConfigDict(
+        _DEMONSTRATIONS
+        | dict(num_steps=600, neutral_repeats=5, len_buckets_s=(1.5, 2.0, 3.2, 3.6))
+    )
     c.sft = ConfigDict(_DEMONSTRATIONS | dict(num_steps=60, num_demonstrations=60))
     c.sft_5x = ConfigDict(_DEMONSTRATIONS | dict(num_steps=150, num_demonstrations=300))
 
@@ -178,7 +182,7 @@ def _add_reinforcement(c: ConfigDict) -> None:
             sample_batch_size=16,
             text_sampling=dict(temperature=1.0, top_k=0),
             audio_sampling=dict(temperature=0.7, top_k=0),
-            len_buckets_s=(2.0, 3.2),
+            len_buckets_s=(3.2,),
             pair_buckets_s=(2.0, 3.2, 4.0),
             held_out_share=0.15,
             num_steps=250,
@@ -221,7 +225,7 @@ def _add_reinforcement(c: ConfigDict) -> None:
             weight_decay=0.0,
             schedule="cosine",
             save_every=20,
-            len_buckets_s=(2.0, 3.2),
+            len_buckets_s=(3.2,),
             max_bad_share=0.01,
             audit_every=10,
             audit_prompts=4,

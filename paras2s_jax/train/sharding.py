@@ -91,10 +91,14 @@ def unbox(tree: Any) -> Any:
 
 
 def replicate_rest(tree: Any) -> Any:
-    """Puts leaves that are on no mesh (step, counters) on the mesh of the others, replicated."""
+    """Puts leaves that are on no mesh (step, counters) on the mesh of the others, replicated.
+
+    Without a mesh all go to the first device, for good: what a jitted step returns is bound to a
+    device, and a step would be compiled once for leaves that are and once for leaves that are not.
+    """
     named = [x.sharding for x in jax.tree.leaves(tree) if isinstance(x.sharding, NamedSharding)]
     if not named:
-        return tree
+        return jax.device_put(tree, jax.local_devices()[0])
     whole = NamedSharding(named[0].mesh, PartitionSpec())
     return jax.tree.map(
         lambda x: x if isinstance(x.sharding, NamedSharding) else jax.device_put(x, whole), tree

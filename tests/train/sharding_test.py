@@ -78,5 +78,6 @@ def test_counters_join_the_mesh_of_the_parameters():
     out = sharding.replicate_rest({"w": spread, "count": jnp.int32(0)})
     assert out["w"] is spread
     assert out["count"].sharding == jax.NamedSharding(mesh, P())
-    alone = {"count": jnp.int32(0)}
-    assert sharding.replicate_rest(alone) is alone
+    alone = sharding.replicate_rest({"w": jnp.zeros(4), "count": jnp.int32(3)})
+    assert all(x.committed and len(x.devices()) == 1 for x in alone.values())
+    assert int(alone["count"]) == 3

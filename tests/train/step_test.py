@@ -193,3 +193,27 @@ def test_randomness_differs_between_steps_and_repeats_between_runs():
 
     assert len(set(draw())) == 3
     assert draw() == draw()
+
+
+@pytest.mark.parametrize("mesh_shape", [None, {"data": 2, "fsdp": 2}])
+def test_one_batch_shape_is_compiled_once(mesh_shape):
+    mesh = sharding.make_mesh(mesh_shape or {"data": 1})
+    variables, _ = sharding.init_sharded(
+        Net(), mesh, RULES, jax.random.key(0), np.ones((1, 16), np.float32)
+    )
+    if mesh_shape is None:  # As they come from a checkpoint: bound to a device, on no mesh.
+        variables = jax.device_put(jax.device_get(variables), jax.devices()[0])
+    state = state_lib.TrainState.create(variables, optax.adamw(1e-2), jax.random.key(1))
+    update = step.make_update(net_loss, optax.adamw(1e-2))
+    state, _ = update(state, net_batch(0))
+    compiled = []
+
+    def note(name, *_, **__):
+        compiled.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        update(state, net_batch(1))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+    assert not [name for name in compiled if "compile" in name]
