@@ -131,8 +131,8 @@ WRONG = [
     ),
     (
         ["grpo", TINY, "--config.grpo.len_buckets_s=abc"],
-        "flag --config.grpo.len_buckets_s: 'abc' is not of the type of 2.0, "
-        "as in --config.grpo.len_buckets_s='(2.0, 3.2)'.",
+        "flag --config.grpo.len_buckets_s: 'abc' is not of the type of 3.2, "
+        "as in --config.grpo.len_buckets_s='(3.2,)'.",
     ),
 ]
 
