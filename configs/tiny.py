@@ -165,8 +165,7 @@ def _add_policy(c: ConfigDict) -> None:
 
 def _add_supervision(c: ConfigDict) -> None:
     c.base = ConfigDict(
-        _DEMONSTRATIONS
-        | dict(num_steps=600, neutral_repeats=5, len_buckets_s=(1.5, 2.0, 3.2, 3.6))
+        _DEMONSTRATIONS | dict(num_steps=600, neutral_repeats=5, len_buckets_s=(1.5, 2.0, 3.2, 3.6))
     )
     c.sft = ConfigDict(_DEMONSTRATIONS | dict(num_steps=60, num_demonstrations=60))
     c.sft_5x = ConfigDict(_DEMONSTRATIONS | dict(num_steps=150, num_demonstrations=300))

@@ -277,7 +277,12 @@ class Batches:
             lambda: self._items(epoch, batch), output_signature=signature
         )
         loaded = items.map(load, num_parallel_calls=DECODE_CALLS, deterministic=True)
-        return loaded.batch(self._batch_size // self._process[1]).prefetch(self._prefetch)
+        # Nothing is left to tune, and the tuner's thread sleeps for up to a minute: whoever drops
+        # a pipeline would wait for it to wake.
+        options = tf.data.Options()
+        options.autotune.enabled = False
+        batched = loaded.batch(self._batch_size // self._process[1]).prefetch(self._prefetch)
+        return batched.with_options(options)
 
     def _items(self, epoch: int, batch: int) -> Iterator[tuple]:
         """Yields (row or -1, row to read, bucket per key) in the order of the plan."""
