@@ -14,7 +14,7 @@ LEN_BUCKETS_S = (1.5, 2.0, 3.0, 4.2)
 
 
 # What training on spoken answers has in common. Where steps are few, one bucket for all lengths:
-# each more is compiled for longer than it saves.
+# compiling more takes about as long as they save.
 _DEMONSTRATIONS = dict(
     batch_size=32,
     accum_steps=1,
