@@ -242,7 +242,7 @@ def make_view(
 ) -> View:
     """Angles and masks of one call on x: [B, T, D].
 
-    mask: bool[B, T], which of the call's own tokens are real (default all; a call that
+    mask: bool or int[B, T], which of the call's own tokens are real (default all; a call that
     writes to a cache must have real tokens only). positions: int32[B, T], by default
     cache_index + 0, 1, 2, …, padding included (only differences matter).
     """
@@ -253,12 +253,12 @@ def make_view(
     cos, sin = rope_angles(positions, config.width_per_head, config.rope_theta)
     own_mask = jnp.tril(jnp.ones((steps, steps), bool))[None]
     if mask is not None:
-        own_mask = own_mask & mask[:, None, :]
+        own_mask = own_mask & mask.astype(bool)[:, None, :]
     cache_mask = None
     if cache is not None:
         cache_mask = (jnp.arange(cache["k"].shape[2]) < cache_index)[None, None]
     if prefix_mask is not None:
-        prefix_mask = prefix_mask[:, None, :]
+        prefix_mask = prefix_mask.astype(bool)[:, None, :]
     return View(cos, sin, own_mask, cache_mask, prefix_mask)
 
 
@@ -301,32 +301,33 @@ class Qwen2LM(nn.Module):
 
     def __call__(
         self,
-        tokens: jax.Array | None = None,
+        input_ids: jax.Array | None = None,
         *,
-        embeds: jax.Array | None = None,
-        mask: jax.Array | None = None,
-        positions: jax.Array | None = None,
+        inputs_embeds: jax.Array | None = None,
+        attention_mask: jax.Array | None = None,
+        position_ids: jax.Array | None = None,
         cache: dict | None = None,
         cache_index: jax.Array | None = None,
         prefix: dict | None = None,
         prefix_mask: jax.Array | None = None,
         emit: tuple[str, ...] = (),
     ):
-        """Logits of tokens: int32[B, T] or of embeds: float[B, T, D] (give one).
+        """Logits of input_ids: int32[B, T] or of inputs_embeds: float[B, T, D] (give one).
 
-        mask: bool[B, T]; positions: int32[B, T]; cache, cache_index, prefix, emit: see
-        Qwen2Stack; prefix_mask: bool[P, S]. To decode after ragged prompts: run them once
-        with emit=("kv",), then pass out["kv"] and their mask as prefix, positions counted
-        from each prompt's length, and a cache for the new tokens.
+        attention_mask: bool or int[B, T] (nonzero = real) and position_ids: int32[B, T], see
+        make_view; cache, cache_index, prefix, emit: see Qwen2Stack; prefix_mask: bool or
+        int[P, S]. To decode after ragged prompts: run them once with emit=("kv",), then pass
+        out["kv"] and their mask as prefix, positions counted from each prompt's length, and a
+        cache for the new tokens.
         Returns: (float32[B, T, V], out) with out["hidden"] float[B, T, D] and Qwen2Stack's.
         """
-        x = self.embed(tokens) if embeds is None else embeds.astype(self.dtype)
+        x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds.astype(self.dtype)
         x = nn.with_logical_constraint(x, (axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_EMBED))
         view = make_view(
             self.config,
             x,
-            mask=mask,
-            positions=positions,
+            mask=attention_mask,
+            positions=position_ids,
             cache=cache,
             cache_index=cache_index,
             prefix_mask=prefix_mask,

@@ -180,9 +180,9 @@ class Qwen2Audio(nn.Module):
             sizes = jnp.sum(prefix_mask, axis=1)
             positions += jnp.repeat(sizes, len(input_ids) // len(prefix_mask))[:, None]
         logits, out = self.language_model(
-            embeds=embeds,
-            mask=mask,
-            positions=positions,
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=positions,
             prefix=prefix,
             prefix_mask=prefix_mask,
             emit=emit,

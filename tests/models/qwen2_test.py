@@ -78,7 +78,7 @@ def test_matches_hugging_face_with_padding(tied):
     mask[1, 6:] = mask[2, :4] = False  # right and left padding
     with torch.no_grad():
         want = hf(torch.tensor(TOKENS), attention_mask=torch.tensor(mask).long()).logits.numpy()
-    got, out = _run(model, _converted(model, hf), TOKENS, mask=mask, emit=("input",))
+    got, out = _run(model, _converted(model, hf), TOKENS, attention_mask=mask, emit=("input",))
     assert got.shape == (4, 9, 61) and out["input"].shape == (3, 4, 9, 24)
     np.testing.assert_allclose(got[mask], want[mask], atol=1e-4)
 
@@ -113,10 +113,10 @@ def test_group_on_a_ragged_shared_prefix_equals_separate_rows(variables):
     prompts, lengths = TOKENS[:2, :5], np.array([5, 3])
     mask = np.arange(5) < lengths[:, None]
     answers = np.random.default_rng(1).integers(0, 61, (6, 4)).astype(np.int32)
-    _, out = _run(model, variables, prompts, mask=mask, emit=("kv",))
+    _, out = _run(model, variables, prompts, attention_mask=mask.astype(np.int32), emit=("kv",))
     positions = np.repeat(lengths, 3)[:, None] + np.arange(4)
     got, _ = _run(
-        model, variables, answers, positions=positions, prefix=out["kv"], prefix_mask=mask
+        model, variables, answers, position_ids=positions, prefix=out["kv"], prefix_mask=mask
     )
     # By hand: prompt and answer in one row each, the short rows padded at their end.
     whole = np.zeros((6, 9), np.int32)
