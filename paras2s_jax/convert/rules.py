@@ -6,6 +6,7 @@ over on either side is an error that lists it.
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,65 @@ class Rule:
         ]
 
 
+def check_shapes(
+    shapes: Mapping[str, tuple[int, ...]],
+    rules: Sequence[Rule],
+    expected: Mapping,
+    *,
+    ignore: Iterable[str] = (),
+    name: str = "checkpoint",
+) -> None:
+    """Whether a checkpoint fits a model, from shapes alone; no tensor is needed.
+
+    shapes: of every tensor in the checkpoint. expected, ignore: as in import_params.
+
+    Raises:
+        ConversionError: lists every tensor that is missing, not used, or misshapen (both shapes in
+            the checkpoint's layout), and every parameter that is left empty or filled twice.
+    """
+    wanted = {
+        path: tuple(leaf.shape)
+        for path, leaf in traverse_util.flatten_dict(expected, sep="/").items()
+    }
+    pairs = [pair for rule in rules for pair in rule.pairs()]
+    used, targets = Counter(key for key, _ in pairs), {path for _, path in pairs}
+    fills = Counter(path for rule in rules for path in dict.fromkeys(p for _, p in rule.pairs()))
+    ignored = [re.compile(pattern) for pattern in ignore]
+    wrong = []
+    for rule in rules:
+        for key, path in rule.pairs():
+            if key in shapes and path in wanted:
+                want = _stored_shape(rule, wanted[path])
+                if tuple(shapes[key]) != want:
+                    wrong.append(f"{key} is {tuple(shapes[key])}, {path} needs {want}")
+    spare = sorted(set(shapes) - set(used))
+    _complain(
+        name,
+        {
+            "missing from it": sorted(set(used) - set(shapes)),
+            "not used by the model": [k for k in spare if not any(p.fullmatch(k) for p in ignored)],
+            "parameters left empty": sorted(set(wanted) - targets),
+            "rules for unknown parameters": sorted(targets - set(wanted)),
+            "used twice": sorted(key for key, count in used.items() if count > 1),
+            "parameters filled twice": sorted(path for path, count in fills.items() if count > 1),
+            "shapes that differ": wrong,
+        },
+    )
+
+
+def _stored_shape(rule: Rule, shape: tuple[int, ...]) -> tuple[int, ...] | str:
+    """Shape of the tensors of which a parameter of the given shape is made by a rule."""
+    if rule.is_stack:
+        if not shape or shape[0] != len(rule.over):
+            return f"{len(rule.over)} tensors of {shape[1:]}, while the model stacks {shape[:1]}"
+        shape = shape[1:]
+    if rule.permute is None:
+        return shape
+    if len(rule.permute) != len(shape):
+        return f"{len(rule.permute)} axes, while the model has {shape}"
+    return tuple(shape[axis] for axis in np.argsort(rule.permute))
+
+
 def import_params(
     tensors: Mapping[str, np.ndarray],
     rules: Sequence[Rule],
@@ -66,31 +126,27 @@ def import_params(
     expected: the model's params, or ShapeDtypeStructs from jax.eval_shape (unboxed).
     ignore: regular expressions of keys that may stay unused (buffers, other heads).
     dtype: type of the result, by default that of `expected`.
+
+    Raises:
+        ConversionError: checkpoint and model do not fit (check_shapes); nothing is read.
     """
-    shapes = traverse_util.flatten_dict(expected, sep="/")
-    pairs = [pair for rule in rules for pair in rule.pairs()]
-    used = {key for key, _ in pairs}
-    ignored = [re.compile(pattern) for pattern in ignore]
-    missing = sorted(used - set(tensors))
-    spare = sorted(key for key in set(tensors) - used if not any(p.fullmatch(key) for p in ignored))
-    targets = {path for _, path in pairs}
-    _complain(
-        name,
-        {
-            "missing from it": missing,
-            "not used by the model": spare,
-            "parameters left empty": sorted(set(shapes) - targets),
-            "rules for unknown parameters": sorted(targets - set(shapes)),
-        },
-    )
-    params, wrong = {}, []
-    for rule in rules:
-        for path, value in _gather(tensors, rule):
-            if value.shape != tuple(shapes[path].shape):
-                wrong.append(f"{path} {value.shape}, model has {tuple(shapes[path].shape)}")
-            params[path] = value.astype(dtype or shapes[path].dtype)
-    _complain(name, {"shapes that differ": wrong})
+    check_shapes(_shapes_of(tensors), rules, expected, ignore=ignore, name=name)
+    types = {
+        path: dtype or leaf.dtype
+        for path, leaf in traverse_util.flatten_dict(expected, sep="/").items()
+    }
+    params = {
+        path: value.astype(types[path])
+        for rule in rules
+        for path, value in _gather(tensors, rule)
+    }
     return traverse_util.unflatten_dict(params, sep="/")
+
+
+def _shapes_of(tensors: Mapping) -> dict[str, tuple[int, ...]]:
+    if isinstance(tensors, Checkpoint):
+        return tensors.shapes
+    return {key: tuple(value.shape) for key, value in tensors.items()}
 
 
 def export_params(params: Mapping, rules: Sequence[Rule]) -> dict[str, np.ndarray]:
@@ -143,6 +199,11 @@ class Checkpoint(Mapping):
         self._where = {}
         for handle in [safe_open(file, framework="np") for file in files]:
             self._where |= dict.fromkeys(handle.keys(), handle)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor; reads no data."""
+        return {key: tuple(file.get_slice(key).get_shape()) for key, file in self._where.items()}
 
     def __getitem__(self, key: str) -> np.ndarray:
         return self._where[key].get_tensor(key)

@@ -11,6 +11,7 @@ from paras2s_jax.convert.rules import (
     Checkpoint,
     ConversionError,
     Rule,
+    check_shapes,
     export_params,
     import_params,
     write_checkpoint,
@@ -82,7 +83,8 @@ def test_ignored_keys_may_stay():
 
 def test_wrong_shape_is_named():
     tensors = _tensors() | {"conv.weight": np.zeros((2, 3, 5), np.float32)}
-    with pytest.raises(ConversionError, match=r"conv/kernel \(5, 3, 2\), model has \(4, 3, 2\)"):
+    message = r"conv.weight is \(2, 3, 5\), conv/kernel needs \(2, 3, 4\)"
+    with pytest.raises(ConversionError, match=message):
         import_params(tensors, RULES, _expected())
 
 
@@ -115,3 +117,38 @@ def test_checkpoint_names_the_empty_folder(tmp_path):
         Checkpoint(tmp_path)
     save_file({"x": np.zeros(1, np.float32)}, tmp_path / "a.safetensors")
     assert list(Checkpoint(tmp_path)) == ["x"]
+
+
+def _shapes(**changed) -> dict[str, tuple[int, ...]]:
+    return {key: value.shape for key, value in _tensors().items()} | changed
+
+
+def test_shapes_alone_tell_whether_a_checkpoint_fits():
+    check_shapes(_shapes(), RULES, _expected())
+    check_shapes(_shapes(extra=(9,)), RULES, _expected(), ignore=["extra"])
+
+
+@pytest.mark.parametrize(
+    ("changed", "rules", "message"),
+    [
+        # The kernel (2 layers, in 3, out 2) is stored as [out 2, in 3] per layer.
+        (
+            {"blocks.2.fc.weight": (3, 2)},
+            RULES,
+            r"blocks\.2\.fc\.weight is \(3, 2\), blocks/fc/kernel needs \(2, 3\)",
+        ),
+        ({"up.0.bias": ()}, RULES, r"up\.0\.bias is \(\), up_0/bias needs \(2,\)"),
+        (
+            {"blocks.0.fc.weight": (2, 3)},
+            [Rule("blocks.{i}.fc.weight", "blocks/fc/kernel", LINEAR, range(3)), *RULES[1:]],
+            r"needs 3 tensors of \(3, 2\), while the model stacks \(2,\)",
+        ),
+        ({}, [*RULES[:2], Rule("conv.weight", "conv/kernel", LINEAR)], "needs 2 axes"),
+        ({}, [*RULES, Rule("up.1.bias", "up_0/bias")], r"used twice: up\.1\.bias"),
+        ({}, [*RULES, Rule("up.1.bias", "up_0/bias")], "filled twice: up_0/bias"),
+        ({}, RULES[:2], "not used by the model: conv.weight; parameters left empty: conv/kernel"),
+    ],
+)
+def test_every_misfit_of_shapes_is_told(changed, rules, message):
+    with pytest.raises(ConversionError, match=message):
+        check_shapes(_shapes() | changed, rules, _expected())
