@@ -1,4 +1,4 @@
-"""Command line: `paras2s STAGE --config=configs/X.py --workdir=DIR [--config.key=value …]`."""
+"""Command line: `paras2s STAGE --config=configs/X.py [--config.key=value …]`, and commands."""
 
 from __future__ import annotations
 
@@ -16,28 +16,37 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from paras2s_jax.perf import registry as perf
+from paras2s_jax.stages.commands import COMMANDS, UsageError
+
 USAGE = """paras2s STAGE --config=configs/X.py [--workdir=DIR] [--config.key=value …]
+paras2s COMMAND [--flag=value …]
+paras2s perf MEASURE [--flag=value …]
 
 Teaches a speech-to-speech model to answer how something was said, not only what.
 
 stages (each runs the ones it needs first, and is skipped where it has finished):
 {stages}
 
-flags:
+flags of stages:
   --config=FILE[:ARG]     the experiment; any key can be overridden: --config.grpo.beta=0
   --workdir=DIR           where files go (default: runs/<name of the config>)
+
+commands (`paras2s COMMAND --help` tells their flags):
+{commands}
+
+measures of `paras2s perf`:
+{measures}
 """
 
 
-class UsageError(flags.Error):
-    """The command line asks for something that does not exist; one sentence says what."""
-
-
 def _usage(stages: Mapping) -> str:
-    width = max(map(len, stages))
-    return USAGE.format(
-        stages="\n".join(f"  {name:<{width}}  {stage.help}" for name, stage in stages.items())
-    )
+    width = max(map(len, [*stages, *COMMANDS, *perf.MEASURES]))
+
+    def rows(table: Mapping) -> str:
+        return "\n".join(f"  {name:<{width}}  {entry.help}" for name, entry in table.items())
+
+    return USAGE.format(stages=rows(stages), commands=rows(COMMANDS), measures=rows(perf.MEASURES))
 
 
 def _fail(message: str) -> int:
@@ -49,6 +58,7 @@ def _user_errors() -> tuple[type[Exception], ...]:
     """Errors whose message tells the user what to do; others are defects and show their trace."""
     from paras2s_jax.audio.wave import AudioError
     from paras2s_jax.bench.aggregate import BenchError
+    from paras2s_jax.convert.rules import ConversionError
     from paras2s_jax.data.batches import ManifestError
     from paras2s_jax.data.records import RecordError
     from paras2s_jax.judge.ledger import LedgerError
@@ -59,6 +69,7 @@ def _user_errors() -> tuple[type[Exception], ...]:
         AudioError,
         BenchError,
         CheckpointError,
+        ConversionError,
         LedgerError,
         ManifestError,
         RecordError,
@@ -184,9 +195,10 @@ def _stage_name(argument: str, stages: Mapping) -> str:
     if argument.startswith("-"):
         raise UsageError(f"the stage comes first, as in `paras2s align {argument}`.")
     if argument not in stages:
-        near = _did_you_mean(difflib.get_close_matches(argument, stages, n=1))
+        near = difflib.get_close_matches(argument, [*stages, *COMMANDS, "perf"], n=1)
         raise UsageError(
-            f"there is no stage {argument!r}{near or ';'} `paras2s --help` lists them."
+            f"there is no stage or command {argument!r}{_did_you_mean(near) or ';'} "
+            "`paras2s --help` lists them."
         )
     return argument
 
@@ -199,27 +211,61 @@ def _keep_compiled(workdir: Path) -> None:
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Entry point of the console script; returns the exit status."""
-    argv = list(sys.argv if argv is None else argv)
+def _run_stage(argv: list[str]) -> None:
     from paras2s_jax.stages.recipe import STAGES
     from paras2s_jax.stages.registry import Runner
 
+    name = _stage_name(argv[1], STAGES)
+    config, workdir = parse([argv[0], *argv[2:]])
+    _keep_compiled(Path(workdir))
+    Runner(STAGES, config, workdir).run(name)
+
+
+def _run_measure(argv: list[str]) -> None:
+    if len(argv) < 3 or argv[2] not in perf.MEASURES:
+        given = f"there is no measure {argv[2]!r}" if len(argv) > 2 else "no measure given"
+        near = difflib.get_close_matches(argv[2], perf.MEASURES, n=1) if len(argv) > 2 else []
+        known = _did_you_mean(near) or f"; there are {', '.join(perf.MEASURES)}."
+        raise UsageError(f"{given}{known}")
+    perf.run(perf.MEASURES[argv[2]], argv[3:])
+
+
+def _run(argv: list[str]) -> None:
+    if argv[1] == "perf":
+        _run_measure(argv)
+    elif argv[1] in COMMANDS:
+        command = COMMANDS[argv[1]]
+        command.run(**command.parse(argv[2:]))
+    else:
+        _run_stage(argv)
+
+
+def _help(argv: list[str]) -> str:
+    """What is asked for with --help: one command's flags, or everything."""
+    from paras2s_jax.stages.recipe import STAGES
+
+    measure = perf.MEASURES.get(argv[2]) if argv[1] == "perf" and len(argv) > 2 else None
+    if measure is not None:
+        return measure.usage("paras2s perf")
+    if argv[1] in COMMANDS:
+        return COMMANDS[argv[1]].usage()
+    title = f"paras2s {argv[1]}: {STAGES[argv[1]].help}\n\n" if argv[1] in STAGES else ""
+    return title + _usage(STAGES)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the console script; returns the exit status."""
+    argv = list(sys.argv if argv is None else argv)
     if len(argv) < 2:
-        print(_usage(STAGES), file=sys.stderr)
+        print(_help([*argv, "help"]), file=sys.stderr)
         return 2
     if argv[1] == "help" or not {"-h", "--help"}.isdisjoint(argv):
-        if argv[1] in STAGES:
-            print(f"paras2s {argv[1]}: {STAGES[argv[1]].help}\n")
-        print(_usage(STAGES))
+        print(_help(argv))
         return 0
     try:
-        name = _stage_name(argv[1], STAGES)
-        config, workdir = parse([argv[0], *argv[2:]])
-        _keep_compiled(Path(workdir))
-        Runner(STAGES, config, workdir).run(name)
+        _run(argv)
     except KeyboardInterrupt:
-        print("paras2s: interrupted; the same command goes on from there.", file=sys.stderr)
+        print("paras2s: interrupted; run the same command again.", file=sys.stderr)
         return 130
     except flags.Error as error:
         return _fail(str(error))

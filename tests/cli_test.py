@@ -1,5 +1,6 @@
 """The command line: every wrong request gets one sentence and exit status 2, and no work."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import jax
 import pytest
 
 from paras2s_jax import cli
+from paras2s_jax.perf import registry as perf
+from paras2s_jax.stages.commands import Command, Flag
 from paras2s_jax.stages.registry import Stage, StageError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,8 +91,8 @@ def test_no_arguments(ran, capsys):
 
 
 WRONG = [
-    (["gpro", TINY], "there is no stage 'gpro'; did you mean grpo? `paras2s --help` lists them."),
-    (["xyz", TINY], "there is no stage 'xyz'; `paras2s --help` lists them."),
+    (["gpro", TINY], "there is no stage or command 'gpro'; did you mean grpo? `paras2s --help` lists them."),
+    (["xyz", TINY], "there is no stage or command 'xyz'; `paras2s --help` lists them."),
     ([TINY, "grpo"], f"the stage comes first, as in `paras2s align {TINY}`."),
     (["grpo"], "no --config given, for example --config=configs/tiny.py"),
     (["grpo", "--config="], "no --config given, for example --config=configs/tiny.py"),
@@ -238,7 +241,10 @@ def test_the_real_program_refuses_an_unknown_key():
     )
 
 
-@pytest.mark.parametrize("args", [["--help"], ["grpo", TINY, "--config.grpo.betta=0"]])
+@pytest.mark.parametrize(
+    "args",
+    [["--help"], ["convert", "--help"], ["export"], ["grpo", TINY, "--config.grpo.betta=0"]],
+)
 def test_help_and_wrong_flags_wait_for_no_large_import(args):
     script = (
         "import sys; from paras2s_jax import cli; cli.main(sys.argv);"
@@ -248,3 +254,71 @@ def test_help_and_wrong_flags_wait_for_no_large_import(args):
         [sys.executable, "-c", script, *args], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines()[-1] == "imported []"
+
+
+@pytest.fixture
+def greet(monkeypatch):
+    """A small command and a small measure; lists what they were called with."""
+    calls = []
+
+    def run(**given):
+        calls.append(given)
+        return {"greet/speed": 2.0}
+
+    flags = (
+        Flag("from", "who greets", argument="source"),
+        Flag("times", "how often", 1, int),
+        Flag("manner", "how", "kind", choices=("kind", "curt")),
+        Flag("loud", "shouting", False, bool),
+    )
+    monkeypatch.setitem(cli.COMMANDS, "greet", Command("greet", "say hello", flags, run))
+    measure = Command("greet", "how fast", (Flag("n", "how many", 3, int), perf.WORKDIR), run)
+    monkeypatch.setitem(perf.MEASURES, "greet", measure)
+    return calls
+
+
+def test_a_command_gets_its_flags(greet):
+    assert call("greet", "--from=me", "--times", "2", "--loud") == 0
+    assert greet == [{"source": "me", "times": 2, "manner": "kind", "loud": True}]
+
+
+def test_help_of_a_command(greet, capsys):
+    assert call("greet", "--help") == 0
+    out = capsys.readouterr().out
+    assert out.startswith("paras2s greet --from=… [--times=1] [--manner=kind|curt] [--loud]\n")
+    assert "  --times   how often\n" in out and not greet
+
+
+@pytest.mark.parametrize(
+    ("args", "part"),
+    [
+        (["greet"], "no --from given: paras2s greet --from=…"),
+        (["greet", "--from="], "no --from given"),
+        (["greet", "--from=me", "--tims=2"], "Unknown command line flag 'tims'"),
+        (["greet", "--from=me", "--times=x"], "flag --times=x"),
+        (["greet", "--from=me", "--manner=x"], "value should be one of <kind|curt>"),
+        (["greet", "--from=me", "stray"], "unexpected argument 'stray'"),
+        (["gret", "--from=me"], "there is no stage or command 'gret'; did you mean greet?"),
+        (["perf"], "no measure given; there are convert"),
+        (["perf", "gret"], "there is no measure 'gret'; did you mean greet?"),
+        (["perf", "greet", "--m=2"], "Unknown command line flag 'm'"),
+    ],
+)
+def test_wrong_flags_of_commands_are_told_in_one_sentence(greet, capsys, args, part):
+    assert call(*args) == 2
+    assert part in sentence(capsys)
+    assert not greet
+
+
+def test_a_measure_leaves_its_summary(greet, tmp_path):
+    assert call("perf", "greet", f"--workdir={tmp_path}", "--n=5") == 0
+    assert greet == [{"n": 5}]
+    summary = json.loads((tmp_path / "greet" / "summary.json").read_text())
+    assert summary["stage"] == "perf greet" and summary["config"] == {"n": 5}
+    assert summary["figures"] == {"greet/speed": 2.0} and summary["wall_s"] >= 0
+
+
+@pytest.mark.parametrize("name", sorted(cli.COMMANDS))
+def test_every_command_has_its_help(capsys, name):
+    assert call(name, "--help") == 0
+    assert capsys.readouterr().out.startswith(f"paras2s {name} ")

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 from rich.console import Console
@@ -54,17 +55,17 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Lazy:
-    """A stage's function by its name, imported when it runs: `--help` need not wait for JAX."""
+    """A function by its name, imported when it runs: `--help` need not wait for JAX."""
 
     module: str
     function: str
 
-    def load(self) -> Callable[[ml_collections.ConfigDict, Path], Figures]:
+    def load(self) -> Callable[..., Any]:
         """Imports the function."""
         return getattr(importlib.import_module(self.module), self.function)
 
-    def __call__(self, config: ml_collections.ConfigDict, workdir: Path) -> Figures:
-        return self.load()(config, workdir)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.load()(*args, **kwargs)
 
 
 def _settings(section: object) -> object:
@@ -88,7 +89,7 @@ def _differences(old: object, new: object, path: str = "config") -> list[str]:
 
 
 @functools.cache
-def _commit() -> str:
+def source_commit() -> str:
     """Commit of the source tree, or the installed version where there is no checkout."""
     root = Path(__file__).resolve().parents[2]
     # Only this tree's own .git counts: an installed copy may lie inside somebody's repository.
@@ -141,6 +142,26 @@ def print_figures(title: str, figures: Figures, console: Console | None = None) 
 
 def _figures_for_json(figures: Figures) -> dict[str, float | None]:
     return {k: (float(v) if math.isfinite(v) else None) for k, v in figures.items()}
+
+
+def finish(
+    folder: Path, name: str, config: object, commit: str, started: float, figures: Figures
+) -> None:
+    """Closes what a stage or a measure made with its summary.json, and prints its figures.
+
+    config: all that the figures depend on, as JSON data. started: time.monotonic() of the start.
+    """
+    summary = {
+        "stage": name,
+        "config": config,
+        "commit": commit,
+        "device": _device(),
+        "wall_s": round(time.monotonic() - started, 1),
+        "peak_rss_gb": _peak_rss_gb(),
+        "figures": _figures_for_json(figures),
+    }
+    write_json(folder / SUMMARY, summary)
+    print_figures(f"{name} ({summary['wall_s']:.0f} s)", figures)
 
 
 def figures_of(folder: Path) -> Figures:
@@ -231,7 +252,7 @@ class Runner:
     def _work(self, stage: Stage) -> Figures:
         folder, config = self.workdir / stage.name, self._relevant(stage)
         # Asked for at the start: the sources may be edited while the stage runs.
-        commit, started = _commit(), time.monotonic()
+        commit, started = source_commit(), time.monotonic()
         print(f"▶ {stage.name}: {stage.help}", flush=True)
         try:
             write_json(folder / SETTINGS, config)
@@ -240,17 +261,7 @@ class Runner:
                 f"cannot write in {folder} ({error.strerror}): give another --workdir."
             ) from error
         figures = stage.run(self.config, self.workdir)
-        summary = {
-            "stage": stage.name,
-            "config": config,
-            "commit": commit,
-            "device": _device(),
-            "wall_s": round(time.monotonic() - started, 1),
-            "peak_rss_gb": _peak_rss_gb(),
-            "figures": _figures_for_json(figures),
-        }
-        write_json(folder / SUMMARY, summary)
-        print_figures(f"{stage.name} ({summary['wall_s']:.0f} s)", figures)
+        finish(folder, stage.name, config, commit, started, figures)
         return figures
 
 

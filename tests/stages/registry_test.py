@@ -116,16 +116,16 @@ def test_summary(work, tmp_path):
 
 
 def test_commit_is_that_of_the_source_tree(monkeypatch):
-    registry._commit.cache_clear()
+    registry.source_commit.cache_clear()
     head = subprocess.run(
         ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     )
     if head.returncode == 0:
-        assert head.stdout.startswith(registry._commit().removesuffix("-dirty"))
-    registry._commit.cache_clear()
+        assert head.stdout.startswith(registry.source_commit().removesuffix("-dirty"))
+    registry.source_commit.cache_clear()
     monkeypatch.setenv("PATH", "")  # a machine without git
-    assert registry._commit() == "v0.1.0"
-    registry._commit.cache_clear()
+    assert registry.source_commit() == "v0.1.0"
+    registry.source_commit.cache_clear()
 
 
 def test_what_is_not_a_number_is_null(tmp_path):

@@ -1,0 +1,43 @@
+"""What `paras2s perf NAME` measures, each closing with a summary.json as stages do."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from paras2s_jax.stages.commands import Command, Flag
+from paras2s_jax.stages.registry import Figures, Lazy, finish, source_commit
+
+WORKDIR = Flag("workdir", "where summaries go, in a folder of the measure's name", "runs/perf")
+
+MEASURES: dict[str, Command] = {
+    measure.name: measure
+    for measure in (
+        Command(
+            "convert",
+            "peak memory and speed of converting a synthetic sharded checkpoint to disk",
+            (
+                Flag("gb", "size of the checkpoint", 4.0, float),
+                Flag("scratch", "folder for the checkpoint and its conversion", None),
+                WORKDIR,
+            ),
+            Lazy("paras2s_jax.perf.convert", "run"),
+        ),
+    )
+}
+
+
+def run(measure: Command, argv: Sequence[str]) -> Figures:
+    """Runs one measure with flags from the command line; writes and prints its figures.
+
+    Raises:
+        flags.Error: a flag is unknown or ill-formed.
+    """
+    values = measure.parse(argv)
+    folder = Path(str(values.pop(WORKDIR.name))) / measure.name
+    commit, started = source_commit(), time.monotonic()
+    print(f"▶ perf {measure.name}: {measure.help}", flush=True)
+    figures = measure.run(**values)
+    finish(folder, f"perf {measure.name}", dict(values), commit, started, figures)
+    return figures

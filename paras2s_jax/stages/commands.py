@@ -1,0 +1,139 @@
+"""Commands beside the stages: each has a few flags of its own and needs no config.
+
+To add one: write a function with one keyword argument per flag, and give it a row in COMMANDS.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from absl import flags
+
+from paras2s_jax.stages.registry import Lazy
+
+REQUIRED = object()
+
+
+class UsageError(flags.Error):
+    """The command line asks for something that does not exist; one sentence says what."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """One flag of a command.
+
+    Attributes:
+        name: as it is typed.
+        help: a few words; ends up in `--help`.
+        default: value when it is not given; REQUIRED means that it must be.
+        kind: str, int, float or bool.
+        argument: the keyword under which the command gets it, by default `name`.
+        choices: all that it may be, if that is a short list.
+    """
+
+    name: str
+    help: str
+    default: object = REQUIRED
+    kind: type = str
+    argument: str | None = None
+    choices: tuple[str, ...] = ()
+
+    def define(self, values: flags.FlagValues) -> None:
+        """Adds the flag to a set of absl flags."""
+        default = None if self.default is REQUIRED else self.default
+        if self.choices:
+            flags.DEFINE_enum(self.name, default, self.choices, self.help, flag_values=values)
+            return
+        define = {
+            str: flags.DEFINE_string,
+            int: flags.DEFINE_integer,
+            float: flags.DEFINE_float,
+            bool: flags.DEFINE_boolean,
+        }[self.kind]
+        define(self.name, default, self.help, flag_values=values)
+
+    @property
+    def usage(self) -> str:
+        """As in a usage line: --name=… or [--name=default]."""
+        if self.kind is bool:
+            return f"[--{'no' if self.default else ''}{self.name}]"
+        shown = "|".join(self.choices) or ("…" if self.default in (REQUIRED, None) else self.default)
+        return f"--{self.name}={shown}" if self.default is REQUIRED else f"[--{self.name}={shown}]"
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A subcommand with flags of its own.
+
+    Attributes:
+        name: subcommand.
+        help: one line for `paras2s --help`.
+        flags: its flags, in the order of the help.
+        run: called with one keyword argument per flag.
+    """
+
+    name: str
+    help: str
+    flags: tuple[Flag, ...]
+    run: Callable[..., object]
+
+    def usage(self, prefix: str = "paras2s") -> str:
+        """The text of `--help`."""
+        width = max(len(flag.name) for flag in self.flags)
+        rows = [f"  --{flag.name:<{width}}  {flag.help}" for flag in self.flags]
+        line = " ".join([prefix, self.name, *(flag.usage for flag in self.flags)])
+        return "\n".join([line, "", self.help, "", "flags:", *rows])
+
+    def parse(self, argv: Sequence[str]) -> dict[str, object]:
+        """Flags as keyword arguments of `run`.
+
+        argv: what follows the command's name.
+
+        Raises:
+            flags.Error: a flag is unknown, missing or ill-formed; one sentence says which.
+        """
+        values = flags.FlagValues()
+        for flag in self.flags:
+            flag.define(values)
+        values.set_gnu_getopt()
+        stray = values([self.name, *argv])[1:]
+        if stray:
+            raise UsageError(f"unexpected argument {stray[0]!r}: {self.usage().splitlines()[0]}")
+        given = {flag: values[flag.name].value for flag in self.flags}
+        for flag, value in given.items():
+            if flag.default is REQUIRED and value in (None, ""):
+                raise UsageError(f"no --{flag.name} given: {self.usage().splitlines()[0]}")
+        return {flag.argument or flag.name: value for flag, value in given.items()}
+
+
+COMMANDS: dict[str, Command] = {
+    command.name: command
+    for command in (
+        Command(
+            "convert",
+            "a released checkpoint (safetensors or .pt) -> Orbax, streamed to disk",
+            (
+                Flag("from", "folder with the checkpoint and its config, or a hub id", argument="source"),
+                Flag("to", "folder to make", argument="target"),
+                Flag("dtype", "type of the parameters; by default as stored", default=None),
+            ),
+            Lazy("paras2s_jax.convert.folders", "convert"),
+        ),
+        Command(
+            "export",
+            "Orbax -> safetensors with the original names, index and config",
+            (
+                Flag("from", "folder made by `paras2s convert`, or trained from one", argument="source"),
+                Flag("to", "folder to make", argument="target"),
+                Flag(
+                    "lora",
+                    "adapters folded into the weights, or alone as a PEFT adapter",
+                    default="merged",
+                    choices=("merged", "adapter"),
+                ),
+            ),
+            Lazy("paras2s_jax.convert.folders", "export"),
+        ),
+    )
+}
