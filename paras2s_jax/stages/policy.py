@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from paras2s_jax.align import grpo, pairs, retention, sft
 from paras2s_jax.align.policy import Frontend, SpeechPolicy
 from paras2s_jax.align.rewards import make_reward_fn
+from paras2s_jax.convert.stored import load_params, save_params
 from paras2s_jax.data import records
 from paras2s_jax.data.batches import Batches, validate
 from paras2s_jax.data.records import Query, Response
@@ -35,13 +36,7 @@ from paras2s_jax.stages.speech import (
     speech_dir,
 )
 from paras2s_jax.train import sharding
-from paras2s_jax.train.checkpoint import (
-    Checkpointer,
-    load_params,
-    load_part,
-    save_params,
-    save_part,
-)
+from paras2s_jax.train.checkpoint import Checkpointer, load_part, save_part
 from paras2s_jax.train.metrics import MetricWriter
 from paras2s_jax.train.optimizer import make_optimizer
 

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from paras2s_jax.align import distill, pairs
 from paras2s_jax.align.rewards import RewardModel, score_prompt
+from paras2s_jax.convert.stored import load_params, save_params
 from paras2s_jax.data.batches import Batches
 from paras2s_jax.data.records import Query
 from paras2s_jax.data.tokenizer import TextTokenizer
@@ -24,7 +25,7 @@ from paras2s_jax.models.qwen2_audio import Qwen2Audio, Qwen2AudioConfig
 from paras2s_jax.stages.judging import make_judge
 from paras2s_jax.stages.policy import assemble, mesh_of, optimizer_of, policy_params
 from paras2s_jax.stages.speech import TEXT_FILE, asr_encoder, parts_dir, queries_of, speech_dir
-from paras2s_jax.train.checkpoint import Checkpointer, load_params, save_params
+from paras2s_jax.train.checkpoint import Checkpointer
 from paras2s_jax.train.metrics import MetricWriter
 
 

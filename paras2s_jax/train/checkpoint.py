@@ -1,4 +1,4 @@
-"""Checkpoints: Orbax for training state and variables, safetensors for small parts."""
+"""Checkpoints: Orbax for training state, safetensors for small parts."""
 
 import json
 import os
@@ -13,16 +13,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 import safetensors
 import safetensors.numpy
-from etils import epath
 from flax import traverse_util
 
+from paras2s_jax.convert.stored import CheckpointError, saved_shapes
 from paras2s_jax.train import state as state_lib
 
 PART_DTYPES = ("float16", "float32", "bfloat16")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is missing or does not fit; the message names it."""
 
 
 class Checkpointer:
@@ -80,50 +76,12 @@ class Checkpointer:
 
     def _check_fits(self, step: int, wanted: Any) -> None:
         """Compares shapes by name: Orbax would silently cut or pad an array of another shape."""
-        problems = _shape_problems(wanted, _saved_shapes(self.directory / str(step) / "state"))
+        problems = _shape_problems(wanted, saved_shapes(self.directory / str(step) / "state"))
         if problems:
             raise CheckpointError(
                 f"{self.directory}/{step} does not fit this run (use a new workdir): "
                 + "; ".join(problems[:5])
             )
-
-
-def save_params(
-    directory: str | os.PathLike, variables: Mapping[str, Any], meta: Mapping[str, Any]
-) -> None:
-    """Saves variables and a JSON `meta` as one Orbax directory, replacing what was there."""
-    directory = pathlib.Path(directory).resolve()
-    args = ocp.args.Composite(
-        variables=ocp.args.StandardSave(dict(variables)), meta=ocp.args.JsonSave(dict(meta))
-    )
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        checkpointer.save(directory, args=args, force=True)
-
-
-def load_params(
-    directory: str | os.PathLike, shardings: Any = None
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Loads what `save_params` wrote, onto `shardings` (same tree) or the first device.
-
-    Returns: (variables, meta).
-    """
-    directory = pathlib.Path(directory).resolve()
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory}: no such checkpoint; run the stage that writes it")
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        meta = checkpointer.restore(directory, ocp.args.Composite(meta=ocp.args.JsonRestore()))
-        found = _saved_shapes(directory / "variables")
-        if shardings is None:
-            single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-            shardings = jax.tree.map(lambda _: single, found)
-        template = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            found,
-            shardings,
-        )
-        args = ocp.args.Composite(variables=ocp.args.StandardRestore(template))
-        restored = checkpointer.restore(directory, args)
-    return restored.variables, meta.meta
 
 
 def save_part(
@@ -173,11 +131,6 @@ def _saved_part(state: state_lib.TrainState) -> dict[str, Any]:
         "opt_state": state.opt_state,
         "rng": state.rng,
     }
-
-
-def _saved_shapes(directory: pathlib.Path) -> Any:
-    """Tree of array metadata (shape, dtype) of one saved item."""
-    return ocp.StandardCheckpointHandler().metadata(epath.Path(directory)).tree
 
 
 def _abstract(x: Any) -> jax.ShapeDtypeStruct:

@@ -10,11 +10,11 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from paras2s_jax.models.placement import Rules, logical_shardings, unbox
+
 MESH_AXES = ("data", "fsdp", "tensor")
 # Rows of a batch are spread over both: fsdp is data parallelism that also spreads parameters.
 BATCH_AXES = ("data", "fsdp")
-
-Rules = Sequence[tuple[str, str | tuple[str, ...] | None]]
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -53,20 +53,6 @@ def activate(mesh: Mesh, rules: Rules) -> Iterator[None]:
         yield
 
 
-def logical_shardings(boxed: Any, mesh: Mesh, rules: Rules) -> Any:
-    """Shardings of abstract variables that may carry logical axis names.
-
-    A dimension that its mesh axis does not divide is replicated.
-    boxed: result of `jax.eval_shape(model.init, …)`. Returns: NamedShardings, unboxed tree.
-    """
-    specs = nn.logical_to_mesh(nn.get_partition_spec(boxed), rules)
-    return jax.tree.map(
-        lambda leaf, spec: NamedSharding(mesh, _divisible(leaf.shape, spec, mesh)),
-        unbox(boxed),
-        specs,
-    )
-
-
 def init_sharded(model: nn.Module, mesh: Mesh, rules: Rules, rng: jax.Array, *args, **kwargs):
     """Initialises every variable directly where it lives; no device holds the whole model.
 
@@ -79,15 +65,6 @@ def init_sharded(model: nn.Module, mesh: Mesh, rules: Rules, rng: jax.Array, *ar
     shardings = logical_shardings(jax.eval_shape(init, rng, *args), mesh, rules)
     make = jax.jit(lambda rng, *args: unbox(init(rng, *args)), out_shardings=shardings)
     return make(rng, *args), shardings
-
-
-def unbox(tree: Any) -> Any:
-    """Strips logical axis names from variables."""
-
-    def is_box(x):
-        return isinstance(x, nn.meta.AxisMetadata)
-
-    return jax.tree.map(lambda x: x.value if is_box(x) else x, tree, is_leaf=is_box)
 
 
 def replicate_rest(tree: Any) -> Any:
@@ -121,12 +98,3 @@ def shard_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
         return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), x)
 
     return jax.tree_util.tree_map_with_path(place, dict(batch))
-
-
-def _divisible(shape: Sequence[int], spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
-    kept = []
-    for size, axes in zip(shape, spec, strict=False):
-        names = (axes,) if isinstance(axes, str) else tuple(axes or ())
-        ways = math.prod(mesh.shape[name] for name in names)
-        kept.append(axes if size % ways == 0 else None)
-    return PartitionSpec(*kept)

@@ -91,26 +91,6 @@ def test_another_shape_is_an_error_that_names_it(tmp_path):
         checkpointer.restore_latest(new_state(width=5))
 
 
-def test_params_with_meta(tmp_path):
-    variables = {
-        "params": {"kernel": jnp.arange(8.0).reshape(4, 2), "half": jnp.ones(3, jnp.bfloat16)}
-    }
-    checkpoint.save_params(tmp_path / "p", variables, {"vocab": 512})
-    checkpoint.save_params(tmp_path / "p", variables, {"vocab": 513})
-    loaded, meta = checkpoint.load_params(tmp_path / "p")
-    assert meta == {"vocab": 513}
-    assert_same(loaded, variables)
-    assert loaded["params"]["half"].dtype == jnp.bfloat16
-    mesh = sharding.make_mesh({"fsdp": 2})
-    shardings = jax.tree.map(lambda _: NamedSharding(mesh, P()), variables)
-    shardings["params"]["kernel"] = NamedSharding(mesh, P("fsdp"))
-    spread, _ = checkpoint.load_params(tmp_path / "p", shardings)
-    assert spread["params"]["kernel"].sharding.spec == P("fsdp")
-    assert_same(spread, variables)
-    with pytest.raises(checkpoint.CheckpointError, match="none: no such checkpoint"):
-        checkpoint.load_params(tmp_path / "none")
-
-
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_parts(tmp_path, dtype):
     part = {"lora": {"q": {"a": np.float32([[0.1, 2.0]]), "count": np.int32([3])}}}

@@ -1,0 +1,161 @@
+"""LoRA adapters: to and from PEFT's files, and folded into saved weights.
+
+PEFT keeps, for each adapted linear map M of the original model, base_model.model.M.lora_A.weight
+[r, in] and lora_B.weight [out, r] (peft: LoraLayer); ours are a [in, r] and b [r, out].
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import traverse_util
+
+from paras2s_jax.convert import stored
+from paras2s_jax.convert.checkpoint import Checkpoint, ConversionError, write_checkpoint
+from paras2s_jax.convert.rules import LINEAR, Rule, export_tensors, import_params
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_PREFIX = "base_model.model."
+
+
+def adapter_rules(rules: Sequence[Rule], stems: set[str]) -> list[Rule]:
+    """Table of the adapters, from that of the model they belong to.
+
+    stems: paths of the adapted layers ("stack/layers/mlp/up_proj").
+    """
+    table = []
+    for rule in rules:
+        stem, _, last = rule.target.rpartition("/")
+        if last != "kernel" or rule.permute != LINEAR or stem not in stems:
+            continue
+        module = _PREFIX + rule.source.removesuffix(".weight")
+        table.append(Rule(f"{module}.lora_A.weight", f"{stem}/a", LINEAR, rule.over))
+        table.append(Rule(f"{module}.lora_B.weight", f"{stem}/b", LINEAR, rule.over))
+    return table
+
+
+def write_adapter(
+    folder: str | Path,
+    lora: Mapping[str, np.ndarray],
+    rules: Sequence[Rule],
+    *,
+    alpha: float,
+    base: str,
+) -> None:
+    """Writes a "lora" collection as a PEFT adapter.
+
+    lora: by path ("…/up_proj/a"). rules: table of the model. base: name of the base model.
+
+    Raises:
+        ConversionError: there are no adapters, or an adapter has no rule.
+    """
+    if not lora:
+        raise ConversionError("there are no adapters to write; use --lora=merged")
+    stems = {path.rpartition("/")[0] for path in lora}
+    table = adapter_rules(rules, stems)
+    tensors = export_tensors(lora, table)
+    modules = sorted(
+        key.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
+        for key in tensors
+        if key.endswith(".lora_A.weight")
+    )
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": int(next(iter(tensors.values())).shape[0]),
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "target_modules": modules,
+    }
+    write_checkpoint(folder, tensors, max_shard_bytes=1 << 62, name=WEIGHTS)
+    (Path(folder) / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+
+
+def read_adapter(
+    folder: str | Path, rules: Sequence[Rule], expected: Mapping[str, Any]
+) -> tuple[dict[str, Any], float]:
+    """Reads a PEFT adapter as the "lora" collection of a model.
+
+    rules: table of the model. expected: its "lora" collection, or shapes of it (unboxed).
+    Returns: (lora, alpha).
+
+    Raises:
+        ConversionError: the files are broken, or do not fit the model.
+        FileNotFoundError: there is no adapter.
+    """
+    folder = Path(folder)
+    path = folder / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; give the folder of a PEFT adapter")
+    try:
+        config = json.loads(path.read_text())
+        alpha, kind = float(config["lora_alpha"]), config["peft_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConversionError(f"{path} is not an adapter's config ({error!r})") from error
+    if kind != "LORA" or config.get("use_dora") or config.get("use_rslora"):
+        raise ConversionError(f"{path}: only plain LoRA can be read, without DoRA and rsLoRA")
+    flat = traverse_util.flatten_dict(expected, sep="/")
+    table = adapter_rules(rules, {path.rpartition("/")[0] for path in flat})
+    tensors = Checkpoint(folder / WEIGHTS)
+    return import_params(tensors, table, expected, name=str(folder / WEIGHTS)), alpha
+
+
+def alpha_of(directory: str | Path) -> float:
+    """The scale with which saved adapters were trained: "lora": {"alpha": …} of their meta.
+
+    Raises:
+        ConversionError: it was not saved.
+    """
+    meta = stored.saved_meta(directory)
+    if "alpha" not in meta.get("lora", {}):
+        raise ConversionError(
+            f"{directory} does not tell the alpha of its adapters; save it with "
+            'meta={"lora": {"alpha": …}}'
+        )
+    return float(meta["lora"]["alpha"])
+
+
+def merged(
+    params: Mapping[str, Any], lora: Mapping[str, Any], alpha: float
+) -> dict[str, Any]:
+    """Parameters by path with the adapters folded in, kernel + (alpha / r) * a @ b, when used.
+
+    Raises:
+        ConversionError: an adapter belongs to no kernel.
+    """
+    stems = {path.rpartition("/")[0] for path in lora}
+    homeless = sorted(stem for stem in stems if f"{stem}/kernel" not in params)
+    if homeless:
+        raise ConversionError(f"adapters without a kernel: {', '.join(homeless)}")
+    made: dict[str, Any] = dict(params.items())
+    for stem in stems:
+        kernel = params[f"{stem}/kernel"]
+        made[f"{stem}/kernel"] = _Merged(kernel, lora[f"{stem}/a"], lora[f"{stem}/b"], alpha)
+    return made
+
+
+class _Merged:
+    """A kernel (perhaps a stack) with its adapter folded in when it is used."""
+
+    def __init__(self, kernel, a, b, alpha: float):
+        self.shape, self.dtype = kernel.shape, kernel.dtype
+        self._parts, self._scale = (kernel, a, b), alpha / a.shape[-1]
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        made = self._fold(*(np.asarray(part) for part in self._parts))
+        return made if dtype is None else made.astype(dtype)
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return self._fold(*(part[row] for part in self._parts))
+
+    def _fold(self, kernel, a, b) -> np.ndarray:
+        delta = self._scale * (a.astype(np.float32) @ b.astype(np.float32))
+        return (kernel.astype(np.float32) + delta).astype(kernel.dtype)

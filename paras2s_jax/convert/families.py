@@ -1,0 +1,67 @@
+"""Which convert module reads which checkpoint. To add a family: write its module, list it here.
+
+Each module has ARCHITECTURES (names in config.json "architectures"), IGNORE, make_model, rules,
+init and load_processor; one whose release has no such config.json has `matches(folder)` too.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from paras2s_jax.convert.checkpoint import ConversionError
+
+FAMILIES = ("qwen2",)
+
+
+def load(name: str) -> ModuleType:
+    """The module of a family."""
+    return importlib.import_module(f"paras2s_jax.convert.{name}")
+
+
+def family_of(folder: str | Path) -> ModuleType:
+    """The module that reads the checkpoint in a folder.
+
+    Raises:
+        ConversionError: there is no config.json, or no family reads what it names.
+    """
+    folder = Path(folder)
+    modules = [load(name) for name in FAMILIES]
+    for module in modules:
+        if hasattr(module, "matches") and module.matches(folder):
+            return module
+    named = _architectures(folder)
+    for module in modules:
+        if set(named) & set(module.ARCHITECTURES):
+            return module
+    known = sorted(name for module in modules for name in module.ARCHITECTURES)
+    near = [close for name in named for close in difflib.get_close_matches(name, known, n=1)]
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise ConversionError(
+        f"{folder / 'config.json'} names {', '.join(named) or 'no architecture'}, which no family "
+        f"reads; {hint}known are {', '.join(known)}"
+    )
+
+
+def _architectures(folder: Path) -> list[str]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ConversionError(f"{path} is missing; put the released one there")
+    try:
+        named = json.loads(path.read_text()).get("architectures") or []
+    except (ValueError, AttributeError) as error:
+        raise ConversionError(f"{path} is not a config ({error}); download it again") from error
+    return [str(name) for name in named]
+
+
+def abstract_variables(family: ModuleType, model: nn.Module) -> Any:
+    """Shapes, types and logical axes (boxed) of all that a model's init makes."""
+    return jax.eval_shape(functools.partial(family.init, model), jax.random.key(0))
