@@ -91,7 +91,10 @@ def test_no_arguments(ran, capsys):
 
 
 WRONG = [
-    (["gpro", TINY], "there is no stage or command 'gpro'; did you mean grpo? `paras2s --help` lists them."),
+    (
+        ["gpro", TINY],
+        "there is no stage or command 'gpro'; did you mean grpo? `paras2s --help` lists them.",
+    ),
     (["xyz", TINY], "there is no stage or command 'xyz'; `paras2s --help` lists them."),
     ([TINY, "grpo"], f"the stage comes first, as in `paras2s align {TINY}`."),
     (["grpo"], "no --config given, for example --config=configs/tiny.py"),

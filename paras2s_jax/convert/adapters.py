@@ -51,10 +51,8 @@ def write_adapter(
     lora: by path ("…/up_proj/a"). rules: table of the model. base: name of the base model.
 
     Raises:
-        ConversionError: there are no adapters, or an adapter has no rule.
+        ConversionError: an adapter has no rule.
     """
-    if not lora:
-        raise ConversionError("there are no adapters to write; use --lora=merged")
     stems = {path.rpartition("/")[0] for path in lora}
     table = adapter_rules(rules, stems)
     tensors = export_tensors(lora, table)

@@ -74,6 +74,8 @@ def export(source: str, target: str, lora: str = "merged") -> None:
     leaves = stored.Stored(folder / PARAMS, "lora")
     lora_params = {path: np.asarray(leaf) for path, leaf in leaves.items()}
     if lora == "adapter":
+        if not lora_params:
+            raise ConversionError(f"{folder} has no adapters to write; use --lora=merged")
         alpha = adapters.alpha_of(folder / PARAMS)
         with appearing(Path(target)) as partial:
             adapters.write_adapter(partial, lora_params, table, alpha=alpha, base=str(folder))

@@ -14,7 +14,7 @@ import numpy as np
 from paras2s_jax.convert.checkpoint import ConversionError, write_checkpoint
 
 SUFFIXES = (".pt", ".pth")
-# Where releases keep their tensors: Kimi-Audio's detokenizer, its vocoder, and funasr's emotion2vec.
+# Where releases keep their tensors: Kimi-Audio's detokenizer, its vocoder, funasr's emotion2vec.
 ENTRIES = ("state_dict", "generator", "model")
 
 

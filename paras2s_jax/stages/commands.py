@@ -58,7 +58,8 @@ class Flag:
         """As in a usage line: --name=… or [--name=default]."""
         if self.kind is bool:
             return f"[--{'no' if self.default else ''}{self.name}]"
-        shown = "|".join(self.choices) or ("…" if self.default in (REQUIRED, None) else self.default)
+        plain = "…" if self.default in (REQUIRED, None) else self.default
+        shown = "|".join(self.choices) or plain
         return f"--{self.name}={shown}" if self.default is REQUIRED else f"[--{self.name}={shown}]"
 
 
@@ -114,7 +115,7 @@ COMMANDS: dict[str, Command] = {
             "convert",
             "a released checkpoint (safetensors or .pt) -> Orbax, streamed to disk",
             (
-                Flag("from", "folder with the checkpoint and its config, or a hub id", argument="source"),
+                Flag("from", "folder of checkpoint and config, or hub id", argument="source"),
                 Flag("to", "folder to make", argument="target"),
                 Flag("dtype", "type of the parameters; by default as stored", default=None),
             ),
@@ -124,7 +125,7 @@ COMMANDS: dict[str, Command] = {
             "export",
             "Orbax -> safetensors with the original names, index and config",
             (
-                Flag("from", "folder made by `paras2s convert`, or trained from one", argument="source"),
+                Flag("from", "folder of a converted checkpoint, trained or not", argument="source"),
                 Flag("to", "folder to make", argument="target"),
                 Flag(
                     "lora",

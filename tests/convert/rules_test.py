@@ -3,18 +3,16 @@
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from paras2s_jax.convert.rules import (
     CONV1D,
     LINEAR,
-    Checkpoint,
     ConversionError,
     Rule,
     check_shapes,
     export_params,
     import_params,
-    write_checkpoint,
+    plan,
 )
 
 RULES = [
@@ -94,31 +92,6 @@ def test_export_refuses_parameters_without_a_rule():
         export_params(params, RULES)
 
 
-def test_sharded_bfloat16_checkpoint_comes_back(tmp_path):
-    tensors = {key: value.astype(ml_dtypes.bfloat16) for key, value in _tensors().items()}
-    write_checkpoint(tmp_path, tensors, max_shard_bytes=30)
-    files = {path.name for path in tmp_path.iterdir()}
-    assert "model.safetensors.index.json" in files and len(files) > 2
-    back = Checkpoint(tmp_path)
-    assert set(back) == set(tensors) and len(back) == 5
-    params = import_params(back, RULES, _expected())
-    assert params["conv"]["kernel"].dtype == np.float32
-    np.testing.assert_array_equal(params["conv"]["kernel"][3, 1, 0], 7)
-
-
-def test_one_file_without_shards(tmp_path):
-    write_checkpoint(tmp_path / "out", _tensors())
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.safetensors"]
-    assert set(Checkpoint(tmp_path / "out" / "model.safetensors")) == set(_tensors())
-
-
-def test_checkpoint_names_the_empty_folder(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no \.safetensors file"):
-        Checkpoint(tmp_path)
-    save_file({"x": np.zeros(1, np.float32)}, tmp_path / "a.safetensors")
-    assert list(Checkpoint(tmp_path)) == ["x"]
-
-
 def _shapes(**changed) -> dict[str, tuple[int, ...]]:
     return {key: value.shape for key, value in _tensors().items()} | changed
 
@@ -152,3 +125,57 @@ def test_shapes_alone_tell_whether_a_checkpoint_fits():
 def test_every_misfit_of_shapes_is_told(changed, rules, message):
     with pytest.raises(ConversionError, match=message):
         check_shapes(_shapes() | changed, rules, _expected())
+
+
+@pytest.mark.parametrize(
+    ("path", "index"),
+    [
+        ("blocks/fc/kernel", (slice(1, 2),)),
+        ("blocks/fc/kernel", (slice(None), slice(1, 3), slice(0, 1))),
+        ("conv/kernel", (slice(0, 3), slice(None), slice(1, None))),
+        ("up_1/bias", (slice(1, 3),)),
+        ("up_0/bias", ()),
+    ],
+)
+def test_a_part_is_that_of_the_whole(path, index):
+    parameter = plan(_tensors(), RULES, _expected())[path]
+    np.testing.assert_array_equal(parameter.read(index), np.asarray(parameter)[index])
+
+
+def test_only_what_is_asked_for_is_read():
+    class Counting(dict):
+        def __getitem__(self, key):
+            read.append(key)
+            return super().__getitem__(key)
+
+    tensors, read = Counting(_tensors()), []
+    planned = plan(tensors, RULES, _expected())
+    read.clear()  # shapes and types
+    planned["blocks/fc/kernel"].read((slice(1, 2),))
+    assert read == ["blocks.2.fc.weight"]
+
+
+def test_types_of_the_result():
+    tensors = {key: value.astype(ml_dtypes.bfloat16) for key, value in _tensors().items()}
+    tensors["conv.weight"] = tensors["conv.weight"].astype(np.float32)
+
+    def kinds(dtype):
+        params = import_params(tensors, RULES, _expected(), dtype=dtype)
+        return {str(x.dtype) for x in (params["conv"]["kernel"], params["up_0"]["bias"])}
+
+    assert kinds(None) == {"float32"}
+    assert kinds("stored") == {"float32", "bfloat16"}
+    assert kinds(np.float16) == {"float16"}
+
+
+def test_values_outside_of_the_type_are_an_error():
+    tensors = _tensors() | {"up.0.bias": np.float32([1e6, 0])}
+    import_params(tensors, RULES, _expected(), dtype=ml_dtypes.bfloat16)
+    with pytest.raises(ConversionError, match=r"up\.0\.bias exceeds the range of float16"):
+        import_params(tensors, RULES, _expected(), dtype=np.float16)
+
+
+def test_integers_keep_their_type():
+    expected = _expected() | {"up_0": {"bias": np.zeros(2, np.int32)}}
+    params = import_params(_tensors(), RULES, expected, dtype=np.float16)
+    assert params["up_0"]["bias"].dtype == np.int32

@@ -47,7 +47,7 @@ def test_params_with_meta(tmp_path):
     assert spread["params"]["kernel"].sharding.spec == P("fsdp")
     assert_same(spread, VARIABLES)
     narrow, _ = load_params(tmp_path / "p", dtype=jnp.bfloat16)
-    assert {x.dtype for x in jax.tree.leaves(narrow)} == {jnp.bfloat16}
+    assert {x.dtype for x in jax.tree.leaves(narrow)} == {jnp.dtype(jnp.bfloat16)}
     with pytest.raises(stored.CheckpointError, match="none: no such checkpoint"):
         load_params(tmp_path / "none")
 
