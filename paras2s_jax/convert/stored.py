@@ -181,10 +181,14 @@ class _Pieces(ocp.type_handlers.TypeHandler):
         return "np.ndarray"
 
     async def serialize(self, values: Sequence[Parameter], infos: Sequence, args=None) -> list:
+        # Orbax makes the folder once all handlers have been called.
+        writing = self._write_all(values, infos)
+        return [ocp.future.CommitFutureAwaitingContractedSignals(writing, name="pieces")]
+
+    async def _write_all(self, values: Sequence[Parameter], infos: Sequence) -> None:
         for value, info in zip(values, infos, strict=True):
             await info.await_path_creation()
             await self._write(value, info)
-        return []
 
     async def _write(self, value: Parameter, info) -> None:
         chunks = piece_shape(value, PIECE_BYTES)
