@@ -17,8 +17,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from paras2s_jax.audio.mel import whisper_log_mel
 from paras2s_jax.data.tokenizer import TextTokenizer
 from paras2s_jax.models import decode
-from paras2s_jax.models.decode import Rollout, Sampling
+from paras2s_jax.models.decode import Rollout
 from paras2s_jax.models.kimi_audio import KimiAudio, Prompt, audio_prompt, response_streams
+from paras2s_jax.models.sampling import Sampling
 from paras2s_jax.models.whisper import WhisperEncoder, kimi_features, kimi_speech_features
 from paras2s_jax.train.sharding import BATCH_AXES
 

@@ -4,39 +4,13 @@ Each prompt is run once; the G answers of its group read its keys as a shared pr
 Rules of the loop: the released generate loop (MoonshotAI/Kimi-Audio 2607d51, kimia.py).
 """
 
-from dataclasses import dataclass
-
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from paras2s_jax.models.kimi_audio import KimiAudio, KimiAudioConfig, init_cache
 from paras2s_jax.models.kimi_layout import Prompt, shifted_inputs
-
-GREEDY_BELOW = 1e-6  # temperature under which the reference takes the argmax
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How one stream is drawn. temperature 0: argmax; top_k 0: all ids.
-
-    A repetition_penalty > 1 weakens the ids of the last `window` steps, as soon as the
-    answer is longer than that.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    repetition_penalty: float = 1.0
-    window: int = 0
-
-    @property
-    def is_greedy(self) -> bool:
-        return self.temperature <= GREEDY_BELOW
-
-    @property
-    def logp_temperature(self) -> float:
-        """Temperature of the reported log-probability; a greedy draw is scored at 1."""
-        return 1.0 if self.is_greedy else self.temperature
+from paras2s_jax.models.sampling import Sampling, chosen_logp, draw
 
 
 class Rollout(struct.PyTreeNode):
@@ -164,7 +138,7 @@ def _advance(config, loop: _Loop, logits, cache, rng, samplings, output_type) ->
         draws[stream] = draw(key, logits[stream], history, loop.step, samplings[stream])
     now = _apply_rules(config, loop, draws["text"], draws["audio"], output_type)
     for stream, sampling in samplings.items():
-        logp = _logp(logits[stream], now[f"{stream}_ids"], sampling.logp_temperature)
+        logp = chosen_logp(logits[stream], now[f"{stream}_ids"], sampling.logp_temperature)
         now[f"{stream}_logp"] = jnp.where(now[f"{stream}_mask"], logp, 0.0)
     return _Loop(
         step=loop.step + 1,
@@ -208,57 +182,8 @@ def _rollout(loop: _Loop, group_size: int) -> Rollout:
     return Rollout(**trace, steps=steps, finished=loop.done.reshape(-1, group_size))
 
 
-def draw(
-    rng: jax.Array, logits: jax.Array, history: jax.Array, step: jax.Array, sampling: Sampling
-) -> jax.Array:
-    """One id per row. logits: float32[B, V]; history: int32[R, B], filled before `step`.
-
-    Returns: int32[B].
-    """
-    scores, ids = candidates(logits, history, step, sampling)
-    if sampling.is_greedy:
-        return ids[:, 0]
-    choice = jax.random.categorical(rng, scores)
-    if ids is None:
-        return choice.astype(jnp.int32)
-    return jnp.take_along_axis(ids, choice[:, None], axis=1)[:, 0]
-
-
-def candidates(logits: jax.Array, history: jax.Array, step: jax.Array, sampling: Sampling):
-    """Scores whose softmax is the distribution that `draw` draws from (sampler.py).
-
-    Returns: (float32[B, k], int32[B, k]) in descending order; k = 1 when greedy; without
-    top_k (float32[B, V], None).
-    """
-    logits = _penalize(logits, history, step, sampling)
-    if sampling.is_greedy:
-        best = jnp.argmax(logits, axis=-1)[:, None].astype(jnp.int32)
-        return jnp.zeros(best.shape, jnp.float32), best
-    scores, ids = logits / sampling.temperature, None
-    if sampling.top_k > 0:
-        scores, ids = jax.lax.top_k(scores, min(sampling.top_k, logits.shape[-1]))
-    return scores, ids
-
-
-def _penalize(logits, history, step, sampling: Sampling):
-    if sampling.repetition_penalty <= 1.0 or history.shape[0] <= sampling.window:
-        return logits
-    penalty, rows = sampling.repetition_penalty, jnp.arange(logits.shape[0])
-    recent = jax.lax.dynamic_slice_in_dim(history, step - sampling.window, sampling.window)
-    seen = jnp.zeros(logits.shape, bool).at[rows, recent].set(True)
-    weaker = jnp.where(logits < 0, logits * penalty, logits / penalty)
-    return jnp.where(seen & (step > sampling.window), weaker, logits)
-
-
-def _logp(logits: jax.Array, ids: jax.Array, temperature: float) -> jax.Array:
-    """log softmax(logits / temperature)[ids]. logits: float32[..., V]; ids: int32[...]."""
-    logits = logits / temperature
-    chosen = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
-    return chosen - jax.nn.logsumexp(logits, axis=-1)
-
-
 def _logp_and_entropy(logits: jax.Array, ids: jax.Array, temperature: float):
-    """As _logp, and the entropy of the same distribution (nats)."""
+    """As chosen_logp, and the entropy of the same distribution (nats)."""
     logp_all = jax.nn.log_softmax(logits / temperature, axis=-1)
     logp = jnp.take_along_axis(logp_all, ids[..., None], axis=-1)[..., 0]
     return logp, -jnp.sum(jnp.exp(logp_all) * logp_all, axis=-1)

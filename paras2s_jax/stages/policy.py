@@ -23,8 +23,8 @@ from paras2s_jax.data.synthesize import select_demonstrations
 from paras2s_jax.data.tokenizer import TextTokenizer
 from paras2s_jax.judge import transcribe
 from paras2s_jax.models.codec import KMeansCodec
-from paras2s_jax.models.decode import Sampling
 from paras2s_jax.models.kimi_audio import KimiAudio, KimiAudioConfig
+from paras2s_jax.models.sampling import Sampling
 from paras2s_jax.models.whisper import WhisperEncoder
 from paras2s_jax.models.whisper_layers import WhisperConfig
 from paras2s_jax.stages.speech import (

@@ -18,10 +18,10 @@ from paras2s_jax.data.batches import Batches
 from paras2s_jax.data.records import Query
 from paras2s_jax.data.tokenizer import TextTokenizer
 from paras2s_jax.judge.ledger import params_digest
-from paras2s_jax.models.decode import Sampling
 from paras2s_jax.models.lora import LoRA
 from paras2s_jax.models.qwen2 import Qwen2Config
 from paras2s_jax.models.qwen2_audio import Qwen2Audio, Qwen2AudioConfig
+from paras2s_jax.models.sampling import Sampling
 from paras2s_jax.stages.judging import make_judge
 from paras2s_jax.stages.policy import assemble, mesh_of, optimizer_of, policy_params
 from paras2s_jax.stages.speech import TEXT_FILE, asr_encoder, parts_dir, queries_of, speech_dir

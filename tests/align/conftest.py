@@ -13,10 +13,10 @@ from paras2s_jax.audio import wave
 from paras2s_jax.data.records import Query, Response
 from paras2s_jax.data.tokenizer import TextTokenizer
 from paras2s_jax.models.codec import PATCH_DIM, PATCH_SAMPLES, KMeansCodec
-from paras2s_jax.models.decode import Sampling
 from paras2s_jax.models.kimi_audio import KimiAudio, KimiAudioConfig
 from paras2s_jax.models.qwen2 import Qwen2Config
 from paras2s_jax.models.qwen2_audio import Qwen2Audio, Qwen2AudioConfig
+from paras2s_jax.models.sampling import Sampling
 from paras2s_jax.models.whisper import WhisperEncoder
 from paras2s_jax.models.whisper_layers import WhisperConfig
 from paras2s_jax.train import sharding

@@ -11,7 +11,7 @@ import pytest
 
 from paras2s_jax.align import grpo, rollout
 from paras2s_jax.align.policy import on_mesh
-from paras2s_jax.models import decode
+from paras2s_jax.models.sampling import Sampling
 from paras2s_jax.train import sharding
 from paras2s_jax.train.checkpoint import Checkpointer
 from paras2s_jax.train.loop import fit
@@ -261,7 +261,7 @@ def test_impossible_settings_are_refused(tiny):
         grpo.Settings(loss_type="ppo")
     with pytest.raises(ValueError, match="k9"):
         grpo.Settings(kl_estimator="k9")
-    policy = dataclasses.replace(tiny.policy, text=decode.Sampling(temperature=0.0))
+    policy = dataclasses.replace(tiny.policy, text=Sampling(temperature=0.0))
     greedy = dataclasses.replace(tiny, policy=policy)
     with pytest.raises(ValueError, match="temperature"):
         _update(greedy, SGD)

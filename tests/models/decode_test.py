@@ -12,7 +12,7 @@ import pytest
 from paras2s_jax.convert import kimi_audio as table
 from paras2s_jax.convert.rules import Checkpoint, import_params
 from paras2s_jax.models import decode
-from paras2s_jax.models.decode import Rollout, Sampling
+from paras2s_jax.models.decode import Rollout
 from paras2s_jax.models.kimi_audio import (
     KimiAudio,
     KimiAudioConfig,
@@ -20,6 +20,7 @@ from paras2s_jax.models.kimi_audio import (
     audio_prompt,
     collate_prompts,
 )
+from paras2s_jax.models.sampling import Sampling
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "kimi_lm"
 CONFIG = KimiAudioConfig.from_json(GOLDENS / "config.json")
@@ -122,36 +123,6 @@ def test_greedy_loop_equals_the_reference(io, variables, cases):
             (text[row, 0, : len_text[row, 0]], "returned_text"),
         ):
             np.testing.assert_array_equal(got, want[name], err_msg=f"{case}: {name}")
-
-
-@pytest.mark.parametrize(
-    ("case", "sampling"),
-    [
-        ("k5_t08", Sampling(0.8, 5)),
-        ("k0_t12", Sampling(1.2, 0)),
-        ("k5_t08_rp13_w4", Sampling(0.8, 5, 1.3, 4)),
-        ("k5_t08_rp13_w9", Sampling(0.8, 5, 1.3, 9)),  # 9 tokens are not more than 9
-    ],
-)
-def test_sampler_weights_equal_the_reference(io, case, sampling):
-    logits = jnp.asarray(io["sampler/logits"][:, -1])
-    recent = io["sampler/recent_tokens"]
-    history = jnp.zeros((20, 1), jnp.int32).at[: len(recent), 0].set(recent)
-    scores, ids = decode.candidates(logits, history, jnp.int32(len(recent)), sampling)
-    want = io[f"sampler/{case}/weights"]  # not normalised
-    np.testing.assert_allclose(jax.nn.softmax(scores), want / want.sum(), atol=1e-6)
-    assert (ids is None) == (sampling.top_k == 0)
-
-
-def test_draws_follow_temperature_and_top_k():
-    # Three ids with weights 2 : 1 : 1 at temperature 1; at 0.5 squared, 4 : 1 : 1; top-2 4 : 1.
-    rows = 20_000
-    logits = jnp.tile(jnp.log(jnp.array([2.0, 1.0, 0.999])), (rows, 1))
-    history = jnp.zeros((1, rows), jnp.int32)
-    for top_k, want in ((0, [4 / 6, 1 / 6, 1 / 6]), (2, [4 / 5, 1 / 5, 0])):
-        drawn = decode.draw(jax.random.key(0), logits, history, jnp.int32(0), Sampling(0.5, top_k))
-        shares = np.bincount(drawn, minlength=3) / rows
-        np.testing.assert_allclose(shares, want, atol=0.012)  # about 4 standard errors
 
 
 def test_rollout_keeps_the_rules(rollout):
