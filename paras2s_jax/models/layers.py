@@ -115,13 +115,43 @@ def make_embed(num: int, width: int, dtype, param_dtype, name: str | None = None
     )
 
 
-def rope_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+class RopeScaling(NamedTuple):
+    """How Llama 3.1 stretches rotary wavelengths (transformers: rope type "llama3").
+
+    Wavelengths above original_max_position_embeddings / low_freq_factor are stretched by
+    factor, those below original_max_position_embeddings / high_freq_factor not at all.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> jax.Array:
+    """Angle per position of each pair. Returns: float32[head_dim // 2].
+
+    Between RopeScaling's two wavelengths, the share of the unstretched frequency rises linearly
+    with original_max_position_embeddings / wavelength (_compute_llama3_parameters).
+    """
+    frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if scaling is None:
+        return frequency
+    turns = scaling.original_max_position_embeddings * frequency / (2 * jnp.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+    return frequency * (kept + (1.0 - kept) / scaling.factor)
+
+
+def rope_angles(
+    positions: jax.Array, head_dim: int, theta: float, scaling: RopeScaling | None = None
+) -> tuple[jax.Array, jax.Array]:
     """cos and sin of the rotary angles (RoFormer, arXiv 2104.09864, sec. 3.2.2).
 
     positions: int32[B, T]. Returns: two float32[B, T, 1, head_dim // 2].
     """
-    inv_freq = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions[..., None, None].astype(jnp.float32) * inv_freq
+    frequency = rope_frequencies(head_dim, theta, scaling)
+    angles = positions[..., None, None].astype(jnp.float32) * frequency
     return jnp.cos(angles), jnp.sin(angles)
 
 

@@ -6,8 +6,6 @@ tokens. The cache is read inside the layer scan and written once after it, so th
 step moves one token per layer, not the cache.
 """
 
-from dataclasses import dataclass
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -24,31 +22,12 @@ from paras2s_jax.models.layers import (
     rope_angles,
 )
 from paras2s_jax.models.lora import NO_LORA, LoRA
+from paras2s_jax.models.qwen2_config import Qwen2Config
 
 REMAT_POLICIES = {
     "full": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-
-
-@dataclass(frozen=True)
-class Qwen2Config:
-    """Sizes of a Qwen2 decoder; names follow Hugging Face's config.json."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int | None = None
-    rope_theta: float = 1_000_000.0
-    rms_norm_eps: float = 1e-6
-    tie_word_embeddings: bool = False
-
-    @property
-    def width_per_head(self) -> int:
-        return self.head_dim or self.hidden_size // self.num_attention_heads
 
 
 def make_cache(config: Qwen2Config, num_layers: int, rows: int, size: int, dtype) -> dict:
@@ -72,7 +51,7 @@ class View(struct.PyTreeNode):
 
 
 class Qwen2Attention(nn.Module):
-    """Grouped-query attention with rotary positions; q, k, v have a bias, o has none."""
+    """Grouped-query attention with rotary positions; in Qwen2 q, k, v have a bias, o has none."""
 
     config: Qwen2Config
     lora: LoRA = NO_LORA
@@ -97,12 +76,14 @@ class Qwen2Attention(nn.Module):
         c = self.config
         rows, steps, _ = x.shape
         heads, kv_heads, width = c.num_attention_heads, c.num_key_value_heads, c.width_per_head
-        q = self._dense("q_proj", heads * width, (axes.EMBED, axes.HEADS), True)(x)
-        k = self._dense("k_proj", kv_heads * width, (axes.EMBED, axes.KV_HEADS), True)(x)
-        v = self._dense("v_proj", kv_heads * width, (axes.EMBED, axes.KV_HEADS), True)(x)
-        q = rope(q.reshape(rows, steps, heads, width), view.cos, view.sin)
-        k = rope(k.reshape(rows, steps, kv_heads, width), view.cos, view.sin)
-        v = v.reshape(rows, steps, kv_heads, width)
+
+        def project(name, heads, axis):
+            y = self._dense(name, heads * width, (axes.EMBED, axis), c.attention_bias)(x)
+            return y.reshape(rows, steps, heads, width)
+
+        q = rope(project("q_proj", heads, axes.HEADS), view.cos, view.sin)
+        k = rope(project("k_proj", kv_heads, axes.KV_HEADS), view.cos, view.sin)
+        v = project("v_proj", kv_heads, axes.KV_HEADS)
         q = nn.with_logical_constraint(q, (axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_HEADS, None))
         kv_axes = (axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_KV_HEADS, None)
         k = nn.with_logical_constraint(k, kv_axes)
@@ -250,7 +231,9 @@ def make_view(
     if positions is None:
         start = 0 if cache_index is None else cache_index
         positions = (start + jnp.arange(steps))[None]
-    cos, sin = rope_angles(positions, config.width_per_head, config.rope_theta)
+    cos, sin = rope_angles(
+        positions, config.width_per_head, config.rope_theta, config.rope_scaling
+    )
     own_mask = jnp.tril(jnp.ones((steps, steps), bool))[None]
     if mask is not None:
         own_mask = own_mask & mask.astype(bool)[:, None, :]
@@ -341,3 +324,9 @@ class Qwen2LM(nn.Module):
     def init_cache(self, rows: int, size: int) -> dict:
         """Empty cache for `size` tokens of `rows` rows."""
         return make_cache(self.config, self.config.num_hidden_layers, rows, size, self.dtype)
+
+
+def last_real(values: jax.Array, mask: jax.Array) -> jax.Array:
+    """The value at each row's last real position. values: [B, T, …]; mask: bool[B, T] -> [B, …]."""
+    last = jnp.max(jnp.where(mask, jnp.arange(mask.shape[1]), 0), axis=1)
+    return values[jnp.arange(len(values)), last]

@@ -198,9 +198,3 @@ class Qwen2Audio(nn.Module):
 def num_slots(num_frames: int) -> int:
     """Audio slots that `num_frames` mel frames need (_get_feat_extract_output_lengths)."""
     return -(-num_frames // 2) // POOL
-
-
-def last_real(values: jax.Array, mask: jax.Array) -> jax.Array:
-    """The value at each row's last real position. values: [B, T, …]; mask: bool[B, T] -> [B, …]."""
-    last = jnp.max(jnp.where(mask, jnp.arange(mask.shape[1]), 0), axis=1)
-    return values[jnp.arange(len(values)), last]

@@ -13,7 +13,7 @@ from flax import linen as nn
 from paras2s_jax.convert import qwen2_audio as table
 from paras2s_jax.convert.rules import Checkpoint, export_params, import_params
 from paras2s_jax.models.lora import LoRA
-from paras2s_jax.models.qwen2_audio import Qwen2Audio, Qwen2AudioConfig, last_real, num_slots
+from paras2s_jax.models.qwen2_audio import Qwen2Audio, Qwen2AudioConfig, num_slots
 
 AUDIO = 50  # Id of an audio slot.
 NUM_FRAMES = 40
@@ -188,12 +188,6 @@ def test_adapters_of_both_parts(released, mel):
             if path[-1].key == "b"
         ]
         assert len(b) == 2 and all(np.abs(x).max() > 0 for x in b)
-
-
-def test_last_real():
-    values = jnp.arange(6).reshape(2, 3)
-    mask = jnp.array([[True, True, False], [False, True, True]])
-    assert last_real(values, mask).tolist() == [1, 5]
 
 
 def test_config_without_audio_part_is_refused(tmp_path):
