@@ -1,0 +1,118 @@
+"""Speed of our code against a reference, in one process: equal threads, equal answers, in turns."""
+
+import contextlib
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import jax
+import numpy as np
+
+
+class RaceError(ValueError):
+    """A race that would compare two different answers."""
+
+
+@dataclass(frozen=True)
+class Race:
+    """Seconds of the timed calls, in pairs, in order; load: the machine's load before and after.
+
+    compiled: how many programs the timed calls and the varied lengths compiled (should be 0).
+    """
+
+    name: str
+    ours_s: tuple[float, ...]
+    theirs_s: tuple[float, ...]
+    load: tuple[float, float]
+    compiled: int = 0
+    extra: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def ratio(self) -> float:
+        """Our speed in units of theirs, by the fastest call of each: others' work only slows."""
+        return min(self.theirs_s) / min(self.ours_s)
+
+    @property
+    def median_ratio(self) -> float:
+        """The same by the median over pairs of calls that followed each other."""
+        pairs = zip(self.theirs_s, self.ours_s, strict=True)
+        return statistics.median(theirs / ours for theirs, ours in pairs)
+
+    def figures(self) -> dict[str, float]:
+        """The race's entries in a summary, by name."""
+        return {
+            f"{self.name}/ratio": self.ratio,
+            f"{self.name}/median_ratio": self.median_ratio,
+            f"{self.name}/ours_ms": 1e3 * min(self.ours_s),
+            f"{self.name}/theirs_ms": 1e3 * min(self.theirs_s),
+            f"{self.name}/load": max(self.load),
+            f"{self.name}/recompilations": self.compiled,
+        } | {f"{self.name}/{key}": value for key, value in self.extra.items()}
+
+
+def race(
+    name: str, ours: Callable[[], object], theirs: Callable[[], object], *, repeats: int, warmup=2
+) -> Race:
+    """Times both in turns. Each call's result is waited for; the first `warmup` calls are dropped.
+
+    theirs must return when its work is done, as torch on a CPU does.
+    """
+    seconds: dict[Callable, list[float]] = {ours: [], theirs: []}
+    before = os.getloadavg()[0]
+    with compilations() as compiled:
+        for turn in range(warmup + repeats):
+            if turn == warmup:
+                compiled.clear()
+            for call, times in seconds.items():
+                start = time.perf_counter()
+                jax.block_until_ready(call())
+                times.append(time.perf_counter() - start)
+    load = (before, os.getloadavg()[0])
+    timed = [tuple(times[warmup:]) for times in seconds.values()]
+    return Race(name, *timed, load, len(compiled))
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[str]]:
+    """A list that fills with one entry per program that is compiled inside the block."""
+    compiled = []
+
+    def note(event, *_, **__):
+        if "backend_compile" in event:
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        yield compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+
+
+def check_equal(name: str, ours, theirs, atol: float) -> float:
+    """Largest absolute difference of two arrays.
+
+    Raises:
+        RaceError: it exceeds atol, or the shapes differ.
+    """
+    ours, theirs = np.asarray(ours), np.asarray(theirs)
+    if ours.shape != theirs.shape:
+        raise RaceError(f"{name}: shapes {ours.shape} and {theirs.shape} differ")
+    difference = float(np.max(np.abs(ours.astype(np.float64) - theirs)))
+    if not difference <= atol:
+        raise RaceError(f"{name}: answers differ by {difference:.3g}, more than {atol:g}")
+    return difference
+
+
+def pin(num_threads: int) -> None:
+    """Keeps this process, JAX's threads and torch's to the same `num_threads` cores.
+
+    Call it before JAX starts its threads, which keep the cores of the thread that made them.
+    """
+    import torch
+
+    if hasattr(os, "sched_setaffinity"):
+        # From the end: other work, if it is pinned at all, tends to sit on the first core.
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-num_threads:])
+    torch.set_num_threads(num_threads)
