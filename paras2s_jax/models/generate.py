@@ -134,9 +134,7 @@ def _prefill(model: Qwen2LM, variables: dict, prompt: dict) -> tuple[jax.Array, 
 def _next_positions(prompt: dict) -> jax.Array:
     """Position of each row's first new token: int32[B, 1], or [3, B, 1] as the prompt's."""
     positions = prompt["position_ids"]
-    largest = jnp.max(
-        jnp.where(prompt["attention_mask"], positions, -1), axis=-1, keepdims=True
-    )
+    largest = jnp.max(jnp.where(prompt["attention_mask"], positions, -1), axis=-1, keepdims=True)
     if positions.ndim == 3:
         largest = jnp.broadcast_to(jnp.max(largest, axis=0), largest.shape)
     return largest + 1

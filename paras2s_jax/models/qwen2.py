@@ -231,9 +231,7 @@ def make_view(
     if positions is None:
         start = 0 if cache_index is None else cache_index
         positions = (start + jnp.arange(steps))[None]
-    cos, sin = rope_angles(
-        positions, config.width_per_head, config.rope_theta, config.rope_scaling
-    )
+    cos, sin = rope_angles(positions, config.width_per_head, config.rope_theta, config.rope_scaling)
     own_mask = jnp.tril(jnp.ones((steps, steps), bool))[None]
     if mask is not None:
         own_mask = own_mask & mask.astype(bool)[:, None, :]

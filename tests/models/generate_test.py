@@ -31,14 +31,30 @@ def _reference(kind: str, **sizes):
     return model.eval()
 
 
-MODELS = {
-    "grouped": ("Qwen2", dict(hidden_size=24, intermediate_size=40, vocab_size=61)
-        | dict(num_attention_heads=6, num_key_value_heads=2)),
-    "tied": ("Qwen2", dict(hidden_size=20, intermediate_size=44, vocab_size=53)
-        | dict(num_attention_heads=5, num_key_value_heads=1, tie_word_embeddings=True)),
-    "llama": ("Llama", dict(hidden_size=28, intermediate_size=30, vocab_size=41)
-        | dict(num_attention_heads=2, num_key_value_heads=2, head_dim=10)),
+GROUPED = {
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "vocab_size": 61,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
 }
+TIED = {
+    "hidden_size": 20,
+    "intermediate_size": 44,
+    "vocab_size": 53,
+    "num_attention_heads": 5,
+    "num_key_value_heads": 1,
+    "tie_word_embeddings": True,
+}
+LLAMA = {
+    "hidden_size": 28,
+    "intermediate_size": 30,
+    "vocab_size": 41,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+}
+MODELS = {"grouped": ("Qwen2", GROUPED), "tied": ("Qwen2", TIED), "llama": ("Llama", LLAMA)}
 
 
 def _converted(hf, folder):

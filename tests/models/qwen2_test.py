@@ -75,9 +75,7 @@ def variables():
 TOKENS = np.random.default_rng(0).integers(0, 37, (4, 9)).astype(np.int32)
 
 
-@pytest.mark.parametrize(
-    "config", [CONFIG, ONE_KEY_HEAD, NO_GROUPS, LLAMA, STRETCHED, TIED_LLAMA]
-)
+@pytest.mark.parametrize("config", [CONFIG, ONE_KEY_HEAD, NO_GROUPS, LLAMA, STRETCHED, TIED_LLAMA])
 def test_matches_hugging_face_with_padding(config, tmp_path):
     hf, model = _hugging_face(config), Qwen2LM(config)
     mask = np.ones(TOKENS.shape, np.int32)
