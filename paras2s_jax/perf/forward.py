@@ -23,6 +23,9 @@ from paras2s_jax.models.whisper import WhisperEncoder
 from paras2s_jax.models.whisper_layers import WhisperConfig
 from paras2s_jax.perf.race import Race, check_equal, compilations, pin, race
 
+WHISPER_TINY = WhisperConfig(384, 4, 6, 1536)
+QWEN2_47M = Qwen2Config(16_384, 512, 1536, 10, 8, 2)
+
 
 def _shared(module, tensors: torch.nn.Module, rules, init: Callable[[], dict]) -> dict:
     """The torch module's weights as variables of ours."""
@@ -40,9 +43,7 @@ def _complete(result: Race, call: Callable, lengths: Iterable, extra: dict[str, 
     return dataclasses.replace(result, compiled=result.compiled + len(compiled), extra=extra)
 
 
-def whisper_encoder(
-    config: WhisperConfig = WhisperConfig(384, 4, 6, 1536), rows: int = 1, repeats: int = 9
-) -> Race:
+def whisper_encoder(config: WhisperConfig = WHISPER_TINY, rows: int = 1, repeats: int = 9) -> Race:
     """Whisper-tiny's encoder on 30 s of mel, against transformers' with sdpa attention."""
     frames = 2 * config.max_source_positions
     torch.manual_seed(0)
@@ -85,7 +86,7 @@ def whisper_encoder(
 
 
 def decode(
-    config: Qwen2Config = Qwen2Config(16_384, 512, 1536, 10, 8, 2),
+    config: Qwen2Config = QWEN2_47M,
     rows: int = 8,
     prompt: int = 32,
     steps: int = 128,

@@ -14,6 +14,8 @@ from paras2s_jax.models.generate import generate
 from paras2s_jax.models.sampling import Sampling
 
 ROWS, PROMPT, STEPS, PAD = 3, 7, 64, 0
+torch.set_num_threads(1)  # Thousands of tiny operations: threads would only wait.
+
 # Each row has its padding elsewhere; transformers wants it on the left.
 LENGTHS = np.array([7, 4, 1])
 IDS = np.random.default_rng(0).integers(1, 40, (ROWS, PROMPT)).astype(np.int32)
@@ -25,9 +27,10 @@ def _reference(kind: str, **sizes):
         num_hidden_layers=2, pad_token_id=PAD, bos_token_id=None, eos_token_id=None, **sizes
     )
     model = getattr(transformers, f"{kind}ForCausalLM")(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    with torch.no_grad():  # layers that outweigh the embedding, or a tied model repeats its input
+        for name, parameter in model.named_parameters():
+            scale = 0.4 if "layers" in name else 0.1
+            parameter.add_(scale * torch.randn_like(parameter))
     return model.eval()
 
 
