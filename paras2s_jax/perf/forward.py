@@ -21,7 +21,8 @@ from paras2s_jax.models.generate import generate
 from paras2s_jax.models.qwen2 import Qwen2Config, Qwen2LM
 from paras2s_jax.models.whisper import WhisperEncoder
 from paras2s_jax.models.whisper_layers import WhisperConfig
-from paras2s_jax.perf.race import Race, check_equal, compilations, pin, race
+from paras2s_jax.perf.race import Race, RaceError, check_equal, compilations, pin, race
+from paras2s_jax.stages.registry import Figures
 
 WHISPER_TINY = WhisperConfig(384, 4, 6, 1536)
 QWEN2_47M = Qwen2Config(16_384, 512, 1536, 10, 8, 2)
@@ -167,12 +168,16 @@ def log_mel(n_mels: int = 80, rows: int = 8, seconds: int = 30, repeats: int = 9
 RACES = {"whisper_encoder": whisper_encoder, "decode": decode, "log_mel": log_mel}
 
 
-def run(names: Iterable[str] = tuple(RACES), num_threads: int = 1) -> dict[str, float]:
-    """Runs the named races and prints a line for each.
+def run(races: str = ",".join(RACES), threads: int = 1) -> Figures:
+    """Runs the named races (commas between) on `threads` cores and prints a line for each.
 
     Returns: figures "forward/<race>/ratio" (our speed in units of the reference's) and others.
     """
-    pin(num_threads)
+    names = races.split(",")
+    unknown = sorted(set(names) - set(RACES))
+    if unknown:
+        raise RaceError(f"there is no race {', '.join(unknown)}; there are {', '.join(RACES)}")
+    pin(threads)
     figures = {}
     for name in names:
         result = RACES[name]()

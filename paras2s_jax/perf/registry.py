@@ -24,6 +24,18 @@ MEASURES: dict[str, Command] = {
             ),
             Lazy("paras2s_jax.perf.convert", "run"),
         ),
+        Command(
+            "forward",
+            "speed of forward passes against torch: Whisper encoder, Qwen2 decoding, log-mel",
+            (
+                Flag(
+                    "races", "which of them, with commas between", "whisper_encoder,decode,log_mel"
+                ),
+                Flag("threads", "cores and threads of either side", 1, int),
+                WORKDIR,
+            ),
+            Lazy("paras2s_jax.perf.forward", "run"),
+        ),
     )
 }
 
