@@ -236,6 +236,22 @@ def plan(
     }
 
 
+def norm_rules(key: str, path: str, over: range | None = None) -> list[Rule]:
+    """Rules of a norm with scale and bias."""
+    return [
+        Rule(f"{key}.weight", f"{path}/scale", over=over),
+        Rule(f"{key}.bias", f"{path}/bias", over=over),
+    ]
+
+
+def dense_rules(
+    key: str, path: str, over: range | None = None, *, use_bias: bool = True
+) -> list[Rule]:
+    """Rules of a linear map (torch.nn.Linear)."""
+    kernel = Rule(f"{key}.weight", f"{path}/kernel", LINEAR, over)
+    return [kernel, Rule(f"{key}.bias", f"{path}/bias", over=over)] if use_bias else [kernel]
+
+
 def import_params(
     tensors: Mapping[str, np.ndarray],
     rules: Sequence[Rule],
