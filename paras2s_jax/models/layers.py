@@ -170,13 +170,15 @@ def attend(
     v: jax.Array,
     mask: jax.Array | None = None,
     scale: float | None = None,
+    bias: jax.Array | None = None,
 ) -> jax.Array:
     """Softmax attention, with the softmax in float32; K may divide N (grouped queries).
 
-    q: float[B, T, N, H]; k, v: float[B, S, K, H]; mask: bool[B, 1|N, T|1, S] or None.
-    Returns: as q. A query without any visible key gets a finite, meaningless value.
+    q: float[B, T, N, H]; k, v: float[B, S, K, H]; mask: bool[B, 1|N, T|1, S] or None;
+    bias: float[1|B, N, T, S], added to the scaled scores, or None. Returns: as q. A query
+    without any visible key gets a finite, meaningless value.
     """
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale)
+    return jax.nn.dot_product_attention(q, k, v, bias, mask, scale=scale)
 
 
 class Segment(NamedTuple):

@@ -52,17 +52,21 @@ def sinusoids(length: int, width: int) -> np.ndarray:
 
 
 class Attention(nn.Module):
-    """Multi-head attention to a source, to given keys, or to a cache and the own tokens."""
+    """Multi-head attention to a source, to given keys, or to a cache and the own tokens.
+
+    key_bias: whether the keys have a bias, which Whisper does without.
+    """
 
     num_heads: int
     lora: LoRA = NO_LORA
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
+    key_bias: bool = False
 
     def _dense(self, name: str, features: int, kernel_axes) -> Dense:
         return Dense(
             features,
-            use_bias=name != "k_proj",
+            use_bias=name != "k_proj" or self.key_bias,
             kernel_axes=kernel_axes,
             lora_rank=self.lora.rank_of(name),
             lora_alpha=self.lora.alpha,
