@@ -22,15 +22,14 @@ from paras2s_jax.models.wav2vec2 import (
 )
 from paras2s_jax.models.wave_conv import receptive_field
 
-# Of those that train or transcribe, the encoder alone is read. The last is how a copy of the
-# released age and gender model's config.json names its class.
+# Of those that train or transcribe, the encoder alone is read. The released age and gender models
+# go by their keys, whatever class their config.json names.
 ARCHITECTURES = (
     "Wav2Vec2Model",
     "Wav2Vec2ForPreTraining",
     "Wav2Vec2ForCTC",
     "Wav2Vec2ForSequenceClassification",
     "AgeGenderModel",
-    "Wav2VecClassifierModelMean8",
 )
 
 IGNORE = (r"quantizer\..*", r"project_(q|hid)\..*", r"lm_head\..*")
@@ -44,14 +43,25 @@ _CLASSES = {
 _OLD_WEIGHT_NORM = ("weight_g", "weight_v")
 
 
+def matches(folder: str | Path) -> bool:
+    """Whether the folder holds a wav2vec 2.0, of whatever class."""
+    path = Path(folder) / "config.json"
+    return path.is_file() and '"model_type": "wav2vec2"' in path.read_text()
+
+
 def make_model(folder: str | Path, **types) -> nn.Module:
-    """The model that config.json asks for; types: dtype, param_dtype, scan_unroll, remat."""
+    """The model of a folder; types: dtype, param_dtype, scan_unroll, remat.
+
+    config.json tells the sizes. How names are spelled, and whether there are heads for age and
+    gender, is told by the checkpoint's keys where there are any.
+    """
     folder = Path(folder)
     config = Wav2Vec2Config.from_json(folder / "config.json")
-    if any(folder.glob("*.safetensors")):
-        name = f"{config.prefix}encoder.pos_conv_embed.conv.{_OLD_WEIGHT_NORM[0]}"
-        if name in Checkpoint(folder):
-            config = dataclasses.replace(config, weight_norm_keys=_OLD_WEIGHT_NORM)
+    keys = set(Checkpoint(folder)) if any(folder.glob("*.safetensors")) else set()
+    if "age.out_proj.weight" in keys:
+        config = dataclasses.replace(config, head="age_gender", prefix="wav2vec2.")
+    if any(key.endswith(f"pos_conv_embed.conv.{_OLD_WEIGHT_NORM[0]}") for key in keys):
+        config = dataclasses.replace(config, weight_norm_keys=_OLD_WEIGHT_NORM)
     return _CLASSES[config.head](config, **types)
 
 

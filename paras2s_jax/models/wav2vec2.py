@@ -99,7 +99,7 @@ class Wav2Vec2Config:
             found["id2label"] = tuple(label for _, label in labels)
         found = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
         architecture = (values.get("architectures") or ["Wav2Vec2Model"])[0]
-        if values.get("finetuning_task") == "age-gender" or architecture == "AgeGenderModel":
+        if architecture == "AgeGenderModel":
             found["head"] = "age_gender"
         elif architecture == "Wav2Vec2ForSequenceClassification":
             found["head"] = "classification"

@@ -105,15 +105,15 @@ def tiny_config(**kwargs) -> Emotion2vecConfig:
 
 
 def test_clips_of_extreme_lengths():
-    model = Emotion2vec(tiny_config(token_list=("a", "b", "c")))
+    model = Emotion2vec(tiny_config(num_heads=1, num_alibi_heads=1, token_list=("a", "b", "c")))
     variables = nn.meta.unbox(jax.jit(functools.partial(table.init, model))(jax.random.key(0)))
     wave = np.random.default_rng(0).normal(size=(1, 1_520_000)).astype(np.float32)
-    # 0.05 s, and 10 ms that are heard as one frame, beside exactly 30 s, and silence.
-    lens = np.array([800, 160, 480_000, 480_000])
-    source = np.tile(wave[:, :480_000], (4, 1))
-    source[3] = 0.0
+    # 0.05 s of silence, and 10 ms that are heard as one frame, beside exactly 30 s.
+    lens = np.array([800, 160, 480_000])
+    source = np.tile(wave[:, :480_000], (3, 1))
+    source[0] = 0.0
     logits, out = applied(model)(variables, source, np.arange(480_000) >= lens[:, None])
-    assert out["mask"].sum(1).tolist() == [2, 1, 1499, 1499] and np.isfinite(logits).all()
+    assert out["mask"].sum(1).tolist() == [2, 1, 1499] and np.isfinite(logits).all()
     alone, _ = applied(model)(variables, source[1:2, :160])
     np.testing.assert_allclose(logits[1], alone[0], atol=1e-5)
     # 95 s: (1520000 - 400) // 320 + 1.
