@@ -1,6 +1,6 @@
 """Systems under test: whatever turns spoken queries into spoken answers.
 
-Each writes `responses.jsonl` and its wavs (16 kHz, PCM16) into its own folder, and continues there
+Each writes `responses.jsonl` and its wavs (PCM16) into its own folder, and continues there
 after a stop: only what is missing is made again, with the same result as an unbroken run.
 """
 
@@ -64,6 +64,7 @@ class PolicySystem:
         batch_size: B; the last batch is filled up with repeated rows.
         len_buckets_s: the lengths L that queries are padded to, ascending.
         num_samples: answers per query.
+        rate_hz: of the waves that `respond_batch` returns, and of the files.
     """
 
     name: str
@@ -73,6 +74,7 @@ class PolicySystem:
     len_buckets_s: tuple[float, ...] = (2.0, 3.0, 4.0)
     num_samples: int = 1
     seed: int = 0
+    rate_hz: int = wave_lib.RATE_HZ
 
     def respond(self, queries: Sequence[Query], root: Path, out_dir: Path) -> list[Response]:
         done = self._resume(queries, out_dir)
@@ -162,6 +164,7 @@ class PolicySystem:
                 ),
                 waves_out[row, : lens_out[row]],
                 out_dir,
+                self.rate_hz,
             )
             for row, (query, sample) in enumerate(batch)
         ]
@@ -237,8 +240,10 @@ def _import(
     return responses
 
 
-def _save(response: Response, wave: np.ndarray, out_dir: Path) -> Response:
+def _save(
+    response: Response, wave: np.ndarray, out_dir: Path, rate_hz: int = wave_lib.RATE_HZ
+) -> Response:
     """Writes an answer's wav; returns the response with its duration, 0 where there is no sound."""
-    silence = np.zeros(round(NO_ANSWER_S * wave_lib.RATE_HZ), np.float32)
-    wave_lib.save(out_dir / response.wav, wave if len(wave) else silence)
-    return dataclasses.replace(response, dur_s=len(wave) / wave_lib.RATE_HZ)
+    silence = np.zeros(round(NO_ANSWER_S * rate_hz), np.float32)
+    wave_lib.save(out_dir / response.wav, wave if len(wave) else silence, rate_hz)
+    return dataclasses.replace(response, dur_s=len(wave) / rate_hz)

@@ -1,8 +1,45 @@
-"""Key table of Kimi-Audio (released names: MoonshotKimiaForCausalLM)."""
+"""Kimi-Audio's language model (released: MoonshotKimiaForCausalLM) <-> KimiAudio.
+
+The other parts of the release lie in sub-folders and are families of their own.
+"""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
 
 from paras2s_jax.convert.qwen2 import layer_rules
 from paras2s_jax.convert.rules import LINEAR, Rule
-from paras2s_jax.models.kimi_audio import KimiAudioConfig
+from paras2s_jax.data.tiktoken_vocabulary import FILE, TiktokenVocabulary
+from paras2s_jax.models.kimi_audio import KimiAudio, KimiAudioConfig
+
+ARCHITECTURES = ("MoonshotKimiaForCausalLM",)
+# Sub-folders of the release that are checkpoints of other families, converted along with it. The
+# last is a release of its own (THUDM/glm-4-voice-tokenizer), to be put there.
+WHISPER, DETOKENIZER, VOCODER = "whisper-large-v3", "audio_detokenizer", "vocoder"
+SPEECH_TOKENIZER = "glm-4-voice-tokenizer"
+PARTS = (WHISPER, DETOKENIZER, VOCODER, SPEECH_TOKENIZER)
+# The release stores the rotary frequencies of all 34 layers, and its training code a Whisper.
+IGNORE = (
+    r"model\.(mimo_)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
+    r"(model\.)?(whisper_model|speech_encoder|audio_tower)\..*",
+)
+
+
+def make_model(folder: Path, **types) -> KimiAudio:
+    """The model that folder/config.json describes; types: fields of KimiAudio."""
+    return KimiAudio(KimiAudioConfig.from_json(Path(folder) / "config.json"), **types)
+
+
+def init(model: KimiAudio, rng: jax.Array) -> dict:
+    """Fresh variables, boxed."""
+    ids = jnp.zeros((1, 2), jnp.int32)
+    return model.init(rng, ids, ids)
+
+
+def load_processor(folder: Path) -> TiktokenVocabulary | None:
+    """The text vocabulary, None where the folder has none."""
+    return TiktokenVocabulary.load(folder) if (Path(folder) / FILE).is_file() else None
 
 
 def rules(config: KimiAudioConfig) -> list[Rule]:

@@ -4,6 +4,8 @@ Two aligned id streams (audio, text) go in, and each position yields logits for 
 of both. Layout of the tensors and rules: the released code, MoonshotAI/Kimi-Audio 2607d51.
 """
 
+from collections.abc import Sequence
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ from paras2s_jax.models.kimi_layout import (
     SpecialIds,
     audio_prompt,
     collate_prompts,
+    place_features,
     prompt_layout,
     response_streams,
     special_ids,
@@ -34,6 +37,7 @@ __all__ = [
     "audio_prompt",
     "collate_prompts",
     "init_cache",
+    "place_features",
     "prompt_layout",
     "response_streams",
     "special_ids",
@@ -101,14 +105,14 @@ class KimiAudio(nn.Module):
         return self.adaptor(features)
 
     def embed(
-        self, audio_ids, text_ids, features=None, continuous_mask=None, stepwise=False
+        self, audio_ids, text_ids=None, features=None, continuous_mask=None, stepwise=False
     ) -> jax.Array:
         """Sum of both streams' embeddings and, where continuous, of the adapted features.
 
         (audio + adapted) * sqrt(2) + text at continuous positions, audio + text elsewhere
         (modeling_moonshot_kimia.py, forward). The reference leaves the text out of a call
-        whose text ids sum to 0, so a decoding step adds nothing for text id 0: stepwise=True
-        gives each position that treatment. Longer calls always have a blank, whose id is not 0.
+        whose text ids sum to 0. Here each row is a call of its own, and with stepwise=True each
+        position: the tokens of an answer, which the reference feeds one at a time.
         """
         x = self.embed_tokens(audio_ids)
         if features is None and self.is_initializing():
@@ -117,15 +121,17 @@ class KimiAudio(nn.Module):
         if features is not None:
             heard = (x + self.adaptor(features)) * 2**0.5
             x = jnp.where(continuous_mask[..., None], heard, x).astype(self.dtype)
-        text = self.embed_tokens(text_ids)
-        if stepwise:
-            text = jnp.where((text_ids == 0)[..., None], 0, text)
-        return x + text
+        if text_ids is None:
+            return x
+        left_out = text_ids == 0
+        if not stepwise:
+            left_out = jnp.all(left_out, axis=-1, keepdims=True)
+        return x + jnp.where(left_out[..., None], 0, self.embed_tokens(text_ids))
 
     def hidden(
         self,
         audio_ids: jax.Array,
-        text_ids: jax.Array,
+        text_ids: jax.Array | None = None,
         *,
         features: jax.Array | None = None,
         continuous_mask: jax.Array | None = None,
@@ -138,8 +144,14 @@ class KimiAudio(nn.Module):
         emit: tuple[str, ...] = (),
         stepwise: bool = False,
     ):
-        """Everything but the heads; arguments as in __call__.
+        """Everything but the heads.
 
+        audio_ids, text_ids: int32[B, T]; features: float[B, T, Fin] at their positions and
+        continuous_mask: bool[B, T] where they count; mask: bool[B, T] of real tokens; positions:
+        int32[B, T] (default arange, padding included); cache: {stack: {"k", "v"}} (init_cache)
+        with cache_index: int32[], the slots filled; prefix (an earlier out["kv"]) of P rows with
+        prefix_mask: bool[P, S], where row p serves the B // P rows from p * (B // P); emit: see
+        Qwen2Stack; stepwise: see embed, True for the tokens of an answer.
         Returns: ((audio float[B, T, D], text float[B, T, D]) after the final norms, out).
         """
         embeds = self.embed(audio_ids, text_ids, features, continuous_mask, stepwise)
@@ -183,22 +195,46 @@ class KimiAudio(nn.Module):
         """hidden: float[..., D], "text_final". Returns: float32[..., V]."""
         return self.text_head(hidden)
 
-    def __call__(self, audio_ids: jax.Array, text_ids: jax.Array, **inputs):
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        text_input_ids: jax.Array | None = None,
+        whisper_input_feature: Sequence[jax.Array] | None = None,
+        is_continuous_mask: jax.Array | None = None,
+        attention_mask: jax.Array | None = None,
+        position_ids: jax.Array | None = None,
+        **inner,
+    ):
         """Logits of the next id of both streams, each over the joint vocabulary.
 
-        audio_ids, text_ids: int32[B, T]. Keywords, all optional: features float[B, T, Fin]
-        at their positions and continuous_mask bool[B, T] where they count; mask bool[B, T]
-        of real tokens; positions int32[B, T] (default arange, padding included);
-        cache {stack: {"k", "v"}} (init_cache) with cache_index int32[], the slots filled;
-        prefix (an earlier out["kv"]) of P rows with prefix_mask bool[P, S], where row p
-        serves the B // P rows from p * (B // P); emit: see Qwen2Stack; stepwise: see embed,
-        True for the tokens of an answer, which the generate loop feeds one at a time.
+        Arguments as MoonshotKimiaForCausalLM has them, for any number of rows:
+        input_ids (audio stream), text_input_ids: int32[B, T]; whisper_input_feature: per audio
+        segment, in order of appearance, float[B, n, Fin] (place_features); is_continuous_mask
+        [B, T], where they count, and attention_mask [B, T], real tokens: bool or 0 and 1;
+        position_ids: int32[B, T]. inner: keywords of `hidden` for caches and prefixes.
         Returns: ((audio_logits, text_logits) float32[B, T, V], out); out holds
         inputs_embeds, branch_hidden, audio_final, text_final: float[B, T, D] and, if asked
         for, cache, kv, input: {stack: …}.
         """
-        (audio, text), out = self.hidden(audio_ids, text_ids, **inputs)
+        features = None
+        if whisper_input_feature is not None and len(whisper_input_feature):
+            if is_continuous_mask is None:
+                raise ValueError("whisper_input_feature needs is_continuous_mask beside it")
+            features = place_features(self.config, input_ids, whisper_input_feature)
+        (audio, text), out = self.hidden(
+            input_ids,
+            text_input_ids,
+            features=features,
+            continuous_mask=_as_mask(is_continuous_mask),
+            mask=_as_mask(attention_mask),
+            positions=position_ids,
+            **inner,
+        )
         logits_axes = (axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_VOCAB)
         audio_logits = nn.with_logical_constraint(self.audio_head(audio), logits_axes)
         text_logits = nn.with_logical_constraint(self.text_head(text), logits_axes)
         return (audio_logits, text_logits), out
+
+
+def _as_mask(x: jax.Array | None) -> jax.Array | None:
+    return None if x is None else jnp.asarray(x) != 0

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from paras2s_jax.data.tiktoken_vocabulary import SPECIAL_OFFSETS
 from paras2s_jax.models.qwen2 import Qwen2Config
 
 STACKS = ("trunk", "text_tail", "audio_tail")
@@ -39,18 +40,9 @@ class SpecialIds:
 
 def special_ids(first: int, pad: int) -> SpecialIds:
     """Special ids at the released distances from the block's first id (BOS; 151643 there)."""
+    names = [field.name for field in fields(SpecialIds) if field.name != "pad"]
     return SpecialIds(
-        msg_end=first + 2,
-        user_msg_start=first + 3,
-        assistant_msg_start=first + 4,
-        media_begin=first + 18,
-        media_end=first + 20,
-        kimia_text_blank=first + 23,
-        kimia_text_eos=first + 24,
-        kimia_user_msg_start=first + 27,
-        kimia_assistant_msg_start=first + 28,
-        kimia_speech_ct_id=first + 32,
-        kimia_speech_ctd_id=first + 33,
+        **{name: first + SPECIAL_OFFSETS[f"<|im_{name}|>"] for name in names},
         pad=pad,
     )
 
@@ -89,13 +81,31 @@ class KimiAudioConfig:
 
     @classmethod
     def from_json(cls, path: str | Path) -> "KimiAudioConfig":
-        """Reads config.json; keys that do not bear on the arithmetic are passed over."""
-        values: Mapping = json.loads(Path(path).read_text())
+        """Reads config.json; keys that do not bear on the arithmetic are passed over.
+
+        Raises:
+            ValueError: the file is no JSON, lacks a key, or places a special id elsewhere.
+        """
+        try:
+            values: Mapping = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: not readable as JSON ({error})") from error
         names = [field.name for field in fields(cls)]
         missing = [name for name in names if name not in values]
         if missing:
-            raise ValueError(f"{path}: keys missing from the config: {', '.join(missing)}")
-        return cls(**{name: values[name] for name in names})
+            raise ValueError(
+                f"{path}: keys missing from the config: {', '.join(missing)}; write them into it, "
+                "no default is safe (without rope_theta the reference assumes 10000)"
+            )
+        config = cls(**{name: values[name] for name in names})
+        for name in ("media_begin", "media_end"):
+            told, placed = values.get(f"kimia_{name}"), getattr(config.special, name)
+            if told not in (None, placed):
+                raise ValueError(
+                    f"{path}: kimia_{name} is {told}, but special ids that start at bos_token_id "
+                    f"{config.bos_token_id} have it at {placed}"
+                )
+        return config
 
     @cached_property
     def special(self) -> SpecialIds:
@@ -285,23 +295,28 @@ def prompt_layout(
 
 
 def place_features(
-    config: KimiAudioConfig, audio_ids: np.ndarray, features: Sequence[np.ndarray]
-) -> np.ndarray:
-    """Puts feature k between the k-th media_begin and media_end; extra frames are cut.
+    config: KimiAudioConfig, audio_ids: jax.Array, features: Sequence[jax.Array]
+) -> jax.Array:
+    """Puts feature k between the k-th media_begin and media_end of every row; jit-able.
 
-    audio_ids: int[T]; features: float[n_k, Fin] each. Returns: float32[T, Fin].
+    Frames that exceed the segment are cut (modeling_moonshot_kimia.py, forward, for one row).
+
+    audio_ids: int32[B, T]; features: float[B, n_k, Fin] each; a row without a k-th segment
+    leaves feature k out. Returns: float[B, T, Fin], zero outside of the segments.
     """
-    placed = np.zeros((len(audio_ids), config.kimia_adaptor_input_dim), np.float32)
-    begins = np.flatnonzero(np.asarray(audio_ids) == config.special.media_begin)
-    ends = np.flatnonzero(np.asarray(audio_ids) == config.special.media_end)
-    if not len(begins) == len(ends) == len(features):
-        raise ValueError(
-            f"place_features: {len(features)} features for {len(begins)} media_begin and "
-            f"{len(ends)} media_end tokens; give one feature array per audio segment"
-        )
-    for begin, end, feature in zip(begins, ends, features, strict=True):
-        size = min(end - begin - 1, len(feature))
-        placed[begin + 1 : begin + 1 + size] = feature[:size]
+    begins = audio_ids == config.special.media_begin
+    opened = jnp.cumsum(begins, axis=1)
+    closed = jnp.cumsum(audio_ids == config.special.media_end, axis=1)
+    place = jnp.arange(audio_ids.shape[1])
+    frame = place - jax.lax.cummax(jnp.where(begins, place, -1), axis=1) - 1
+    placed = jnp.zeros((*audio_ids.shape, config.kimia_adaptor_input_dim), jnp.float32)
+    for k, feature in enumerate(features):
+        num_frames = feature.shape[1]
+        if not num_frames:
+            continue
+        here = (opened == k + 1) & (closed == k) & (frame >= 0) & (frame < num_frames)
+        frames = jnp.take_along_axis(feature, jnp.clip(frame, 0, num_frames - 1)[..., None], axis=1)
+        placed = jnp.where(here[..., None], frames, placed)
     return placed
 
 
@@ -320,7 +335,6 @@ def collate_prompts(
     audio_ids = np.full(shape, config.special.pad, np.int32)
     text_ids = np.full(shape, config.special.kimia_text_blank, np.int32)
     heard, mask = np.zeros(shape, bool), np.zeros(shape, bool)
-    placed = np.zeros((*shape, config.kimia_adaptor_input_dim), np.float32)
     for row, (layout, feature) in enumerate(zip(layouts, features, strict=True)):
         n = len(layout["audio_ids"]) - 1
         if n > size:
@@ -329,5 +343,24 @@ def collate_prompts(
         text_ids[row, :n] = layout["text_ids"][:-1]
         heard[row, :n] = layout["is_continuous_mask"][:-1]
         mask[row, :n] = True
-        placed[row, :n] = place_features(config, audio_ids[row, :n], feature)
+        for name in ("media_begin", "media_end"):
+            found = int(np.sum(audio_ids[row] == getattr(config.special, name)))
+            if found != len(feature):
+                raise ValueError(
+                    f"collate_prompts: prompt {row} has {len(feature)} features for {found} {name} "
+                    "tokens; give one feature array per audio message"
+                )
+    none = np.zeros((0, config.kimia_adaptor_input_dim), np.float32)
+    stacked = [
+        _stack([feature[k] if k < len(feature) else none for feature in features])
+        for k in range(max(map(len, features)))
+    ]
+    placed = jax.jit(place_features, static_argnums=0)(config, audio_ids, stacked)
     return Prompt(*(jnp.asarray(x) for x in (audio_ids, text_ids, placed, heard, mask)))
+
+
+def _stack(features: Sequence[np.ndarray]) -> np.ndarray:
+    """float[n_row, Fin] each -> float32[B, longest, Fin], padded with zeros."""
+    longest = max(map(len, features))
+    padded = [np.pad(x, ((0, longest - len(x)), (0, 0))) for x in features]
+    return np.stack(padded).astype(np.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ml_collections import ConfigDict
 from paras2s_jax.align import grpo, pairs, retention, sft
 from paras2s_jax.align.policy import Frontend, SpeechPolicy
 from paras2s_jax.align.rewards import make_reward_fn
+from paras2s_jax.convert import kimi_audio
 from paras2s_jax.convert.stored import load_params, save_params
 from paras2s_jax.data import records
 from paras2s_jax.data.batches import Batches, validate
@@ -72,13 +74,7 @@ def assemble(config: ConfigDict, workdir: Path) -> Assembly:
 
 def init_policy(policy: SpeechPolicy, seed: int) -> dict[str, Any]:
     """Fresh variables of the policy's model."""
-    ids = np.zeros((1, 4), np.int32)
-    features = np.zeros((1, 4, policy.model.config.kimia_adaptor_input_dim), np.float32)
-    mask = np.ones((1, 4), bool)
-
-    def init(key):
-        return policy.model.init(key, ids, ids, features=features, continuous_mask=mask)
-
+    init = functools.partial(kimi_audio.init, policy.model)
     return nn.unbox(jax.jit(init)(jax.random.key(seed)))
 
 

@@ -27,6 +27,16 @@ CONFIG = KimiAudioConfig.from_json(GOLDENS / "config.json")
 MODEL = KimiAudio(CONFIG)
 DRAW = Sampling(temperature=1.3)
 STEPS = 14
+RAW = (
+    "audio_ids",
+    "text_ids",
+    "is_continuous_mask",
+    "whisper_feature_0",
+    "fed_audio",
+    "fed_text",
+    "raw_argmax_audio",
+    "raw_argmax_text",
+)
 NAMES = ("text_logp", "audio_logp", "text_entropy", "audio_entropy")
 
 
@@ -125,6 +135,44 @@ def test_greedy_loop_equals_the_reference(io, variables, cases):
             np.testing.assert_array_equal(got, want[name], err_msg=f"{case}: {name}")
 
 
+CASES = ("both_eod", "both_eod_in_delay", "both_max", "text_eos", "text_max", "pen")
+
+
+def test_logits_before_any_rule_point_where_the_reference_points(io, variables):
+    """All cases in one batch: ragged prompts, then the tokens that the reference fed back."""
+    wants = [{key: io[f"gen/{case}/{key}"] for key in RAW} for case in CASES]
+    layouts = [{key: want[key][0] for key in RAW[:3]} for want in wants]
+    prompt = collate_prompts(CONFIG, layouts, [[want["whisper_feature_0"][0]] for want in wants])
+    steps = max(len(want["raw_argmax_audio"]) for want in wants)
+    ids = CONFIG.special
+    inputs = {}
+    for stream, first in (("audio", ids.kimia_assistant_msg_start), ("text", ids.kimia_text_blank)):
+        rows = np.full((len(wants), steps), first)
+        for row, want in enumerate(wants):
+            fed = want[f"fed_{stream}"][: steps - 1]
+            rows[row, 1 : 1 + len(fed)] = fed
+        inputs[stream] = rows
+
+    @jax.jit
+    def run(variables, prompt, inputs):
+        return MODEL.apply(
+            variables,
+            inputs["audio"],
+            inputs["text"],
+            position_ids=prompt.length[:, None] + jnp.arange(steps),
+            prefix=decode.prefill(MODEL, variables, prompt),
+            prefix_mask=prompt.mask,
+            stepwise=True,
+        )[0]
+
+    logits = run(variables, prompt, inputs)
+    for row, (case, want) in enumerate(zip(CASES, wants, strict=True)):
+        for stream, scores in zip(("audio", "text"), logits, strict=True):
+            raw = want[f"raw_argmax_{stream}"]
+            got = np.asarray(scores[row, : len(raw)]).argmax(-1)
+            np.testing.assert_array_equal(got, raw, err_msg=f"{case}: {stream}")
+
+
 def test_rollout_keeps_the_rules(rollout):
     ids, step = CONFIG.special, np.arange(STEPS)
     out = jax.tree.map(np.asarray, rollout)
@@ -170,15 +218,13 @@ def test_logp_is_that_of_the_plain_forward(variables, prompt, rollout, scored):
             )
             for stream in ("audio", "text")
         }
-        features = np.zeros((1, n + STEPS, 96), np.float32)
-        features[0, :n] = prompt.features[p, :n]
         heard = np.zeros((1, n + STEPS), bool)
         heard[0, :n] = prompt.continuous_mask[p, :n]
         assert not np.any(row["text"] == 0)  # text id 0 is special in steps
         logits = run(
             row["audio"][None],
             row["text"][None],
-            {"features": features, "continuous_mask": heard},
+            {"whisper_input_feature": [prompt.features[p][None, 2:]], "is_continuous_mask": heard},
         )
         for stream, value in zip(("audio", "text"), logits, strict=True):
             logp = jax.nn.log_softmax(value[0, n:] / DRAW.temperature)

@@ -1,5 +1,6 @@
 """Kimi-Audio against the reference fixture, row by row and in padded batches."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -22,7 +23,6 @@ from paras2s_jax.models.kimi_audio import (
     response_streams,
     special_ids,
 )
-from paras2s_jax.models.kimi_layout import place_features
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "kimi_lm"
 CONFIG = KimiAudioConfig.from_json(GOLDENS / "config.json")
@@ -36,8 +36,8 @@ def io():
 
 @pytest.fixture(scope="module")
 def variables():
-    ids = jnp.zeros((1, 2), jnp.int32)
-    shapes = nn.meta.unbox(jax.eval_shape(KimiAudio(CONFIG).init, jax.random.key(0), ids, ids))
+    init = functools.partial(table.init, KimiAudio(CONFIG))
+    shapes = nn.meta.unbox(jax.eval_shape(init, jax.random.key(0)))
     tensors = Checkpoint(GOLDENS / "model.safetensors")
     params = import_params(tensors, table.rules(CONFIG), shapes["params"])
     back = export_params(params, table.rules(CONFIG))
@@ -48,32 +48,39 @@ def variables():
 
 @pytest.fixture(scope="module")
 def run():
-    """Compiled forward with everything emitted."""
+    """Compiled forward under the reference's names, with everything emitted."""
     model = KimiAudio(CONFIG)
-    return jax.jit(lambda v, a, t, kw: model.apply(v, a, t, emit=("kv", "input"), **kw))
+    return jax.jit(lambda variables, kw: model.apply(variables, emit=("kv", "input"), **kw))
+
+
+NAMES = {"audio_ids": "input_ids", "text_ids": "text_input_ids"}
 
 
 def _case(io, case: str) -> dict:
-    """One row of the fixture, its features placed; n segments have one frame too many each."""
-    row = {key: io[f"{case}/{key}"][0] for key in ("audio_ids", "text_ids", "is_continuous_mask")}
-    segments = np.sum(row["audio_ids"] == CONFIG.special.media_begin)
-    features = [io[f"{case}/whisper_feature_{k}"][0] for k in range(segments)]
-    row["features"] = place_features(CONFIG, row["audio_ids"], features)
-    return row
+    """One row of the fixture as the reference is called: [1, T] and features [1, n + 1, 96]."""
+    row = {NAMES.get(k, k): io[f"{case}/{k}"] for k in (*NAMES, "is_continuous_mask")}
+    segments = np.sum(row["input_ids"] == CONFIG.special.media_begin)
+    features = [io[f"{case}/whisper_feature_{k}"] for k in range(segments)]
+    return row | {"whisper_input_feature": features}
 
 
-def _padded_pair(io, left: bool):
-    """Rows a (25 tokens) and b (15) in one batch of 25, and its mask."""
+def _padded_pair(io, left: bool) -> dict:
+    """Rows a (25 tokens, two segments) and b (15, one segment) in one batch of 25."""
     rows = [_case(io, "a"), _case(io, "b")]
+    widths = ((0, 0), (10, 0) if left else (0, 10))
     batch = {}
-    for key in rows[0]:
+    for key in (*NAMES.values(), "is_continuous_mask"):
         fill = CONFIG.special.pad if key.endswith("_ids") else 0
-        size = 10
-        widths = [(size, 0) if left else (0, size)] + [(0, 0)] * (rows[1][key].ndim - 1)
         short = np.pad(rows[1][key], widths, constant_values=fill)
-        batch[key] = np.stack([rows[0][key], short])
-    mask = np.stack([np.ones(25, bool), np.arange(25) >= 10 if left else np.arange(25) < 15])
-    return batch, mask
+        batch[key] = np.concatenate([rows[0][key], short])
+    features = [row["whisper_input_feature"] for row in rows]
+    longest = max(x.shape[1] for x in features[0] + features[1])
+    placed = np.full((2, 2, longest, 96), 9.0, np.float32)  # junk where nothing is heard
+    for row in range(2):
+        for k, x in enumerate(features[row]):
+            placed[k, row, : x.shape[1]] = x[0]
+    mask = [np.ones(25, int), np.arange(25) >= 10 if left else np.arange(25) < 15]
+    return batch | {"whisper_input_feature": list(placed), "attention_mask": np.stack(mask)}
 
 
 def test_special_ids_and_sizes_follow_config_json():
@@ -88,7 +95,18 @@ def test_special_ids_and_sizes_follow_config_json():
 def test_from_json_names_missing_keys(tmp_path):
     path = tmp_path / "config.json"
     path.write_text('{"vocab_size": 7}')
-    with pytest.raises(ValueError, match=r"config\.json: keys missing .*rope_theta"):
+    with pytest.raises(ValueError, match=r"config\.json: keys missing .*rope_theta.* 10000"):
+        KimiAudioConfig.from_json(path)
+
+
+def test_from_json_checks_where_the_special_ids_lie(tmp_path):
+    values = json.loads((GOLDENS / "config.json").read_text())
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(values | {"kimia_media_end": 117}))
+    with pytest.raises(ValueError, match=r"kimia_media_end is 117, .* bos_token_id 96 .* 116"):
+        KimiAudioConfig.from_json(path)
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json: not readable as JSON"):
         KimiAudioConfig.from_json(path)
 
 
@@ -99,9 +117,7 @@ def test_branch_must_leave_a_text_tail():
 
 @pytest.mark.parametrize("case", ["a", "b"])
 def test_every_module_matches_the_reference(io, variables, run, case):
-    row = {key: value[None] for key, value in _case(io, case).items()}
-    inputs = {"features": row["features"], "continuous_mask": row["is_continuous_mask"]}
-    (audio, text), out = run(variables, row["audio_ids"], row["text_ids"], inputs)
+    (audio, text), out = run(variables, _case(io, case))
     layers = [out["input"][name] for name in ("trunk", "text_tail")]
     keys = [out["kv"][name]["k"].swapaxes(2, 3) for name in STACKS]
     got = {
@@ -123,13 +139,9 @@ def test_every_module_matches_the_reference(io, variables, run, case):
 
 @pytest.mark.parametrize("left", [False, True])
 def test_padded_batch_with_features_equals_its_rows(io, variables, run, left):
-    batch, mask = _padded_pair(io, left)
-    inputs = {
-        "features": batch["features"],
-        "continuous_mask": batch["is_continuous_mask"],
-        "mask": mask,
-    }
-    (audio, text), _ = run(variables, batch["audio_ids"], batch["text_ids"], inputs)
+    batch = _padded_pair(io, left)
+    mask = batch["attention_mask"] == 1
+    (audio, text), _ = run(variables, batch)
     for row, case in enumerate("ab"):
         for name, value in (("audio_logits", audio), ("text_logits", text)):
             want = io[f"{case}/{name}"][0]
@@ -140,27 +152,23 @@ def test_padded_batch_with_features_equals_its_rows(io, variables, run, left):
 def test_padded_batch_without_features_matches_the_reference(io, variables, run, side):
     case = f"batch2_{side}"
     mask = io[f"{case}/attention_mask"] == 1
-    ids = io[f"{case}/audio_ids"], io[f"{case}/text_ids"]
-    (audio, text), out = run(variables, *ids, {"mask": mask})
+    inputs = {name: io[f"{case}/{key}"] for key, name in NAMES.items()}
+    inputs["attention_mask"] = io[f"{case}/attention_mask"]
+    (audio, text), out = run(variables, inputs)
     got = {"audio_logits": audio, "text_logits": text, "branch_hidden": out["branch_hidden"]}
     for name, value in got.items():
         np.testing.assert_allclose(value[mask], io[f"{case}/{name}"][mask], atol=ATOL)
 
 
 def test_cached_steps_match_the_reference(io, variables):
-    model, row = KimiAudio(CONFIG), _case(io, "b")
-    step = jax.jit(
-        lambda cache, i, a, t, kw: model.apply(variables, a, t, cache=cache, cache_index=i, **kw)
-    )
-    heard = {"features": row["features"], "continuous_mask": row["is_continuous_mask"]}
-    heard = {key: value[None] for key, value in heard.items()}
-    cache, index = init_cache(CONFIG, rows=1, size=24), jnp.int32(0)
-    ids = row["audio_ids"][None], row["text_ids"][None]
-    _, out = step(cache, index, *ids, heard)
+    model = KimiAudio(CONFIG)
+    step = jax.jit(lambda cache, i, kw: model.apply(variables, cache=cache, cache_index=i, **kw))
+    _, out = step(init_cache(CONFIG, rows=1, size=24), jnp.int32(0), _case(io, "b"))
     assert io["decode/first_position"] == 15
     for i in range(8):
-        ids = [io[f"decode/{name}_ids"][i].reshape(1, 1) for name in ("audio", "text")]
-        (audio, text), out = step(out["cache"], jnp.int32(15 + i), *ids, {})
+        ids = {name: io[f"decode/{key}"][i].reshape(1, 1) for key, name in NAMES.items()}
+        ids["position_ids"] = np.array([[15 + i]])
+        (audio, text), out = step(out["cache"], jnp.int32(15 + i), ids)
         np.testing.assert_allclose(audio[0, 0], io["decode/audio_logits"][i], atol=ATOL)
         np.testing.assert_allclose(text[0, 0], io["decode/text_logits"][i], atol=ATOL)
 
@@ -172,6 +180,7 @@ def test_layouts_match_the_prompt_manager():
         got = prompt_layout(config, case["messages"], case["output_type"])
         for key in ("audio_ids", "text_ids", "is_continuous_mask", "feature_frames"):
             assert [int(x) for x in got[key]] == case[key], f"{name}: {key}"
+        assert len(got["feature_frames"]) == case["n_continuous_features"]
 
 
 def test_audio_prompt_equals_the_general_layout():
@@ -192,9 +201,24 @@ def test_audio_prompt_equals_the_general_layout():
     np.testing.assert_array_equal(got.features * heard, want.features * heard)
 
 
-def test_place_features_wants_one_feature_per_segment(io):
-    with pytest.raises(ValueError, match="1 features for 2 media_begin"):
-        place_features(CONFIG, io["a/audio_ids"][0], [np.zeros((7, 96))])
+def test_collate_wants_one_feature_per_segment(io):
+    layout = {key: io[f"a/{key}"][0] for key in ("audio_ids", "text_ids", "is_continuous_mask")}
+    with pytest.raises(ValueError, match="prompt 0 has 1 features for 2 media_begin"):
+        collate_prompts(CONFIG, [layout], [[np.zeros((7, 96))]])
+
+
+def test_features_without_their_mask_are_refused(io, variables, run):
+    row = _case(io, "b")
+    del row["is_continuous_mask"]
+    with pytest.raises(ValueError, match="needs is_continuous_mask"):
+        run(variables, row)
+
+
+def test_text_may_be_left_out(io, variables, run):
+    row = _case(io, "b")
+    alone, _ = run(variables, {k: v for k, v in row.items() if k != "text_input_ids"})
+    zeros, _ = run(variables, row | {"text_input_ids": np.zeros_like(row["text_input_ids"])})
+    jax.tree.map(np.testing.assert_array_equal, alone, zeros)
 
 
 def test_response_streams_by_hand():
