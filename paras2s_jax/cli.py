@@ -16,6 +16,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from paras2s_jax import allocator
 from paras2s_jax.perf import registry as perf
 from paras2s_jax.stages.commands import COMMANDS, UsageError
 
@@ -255,6 +256,8 @@ def _help(argv: list[str]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script; returns the exit status."""
+    if argv is None:
+        allocator.restart_tuned()
     argv = list(sys.argv if argv is None else argv)
     if len(argv) < 2:
         print(_help([*argv, "help"]), file=sys.stderr)
