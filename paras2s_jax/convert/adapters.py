@@ -121,9 +121,7 @@ def alpha_of(directory: str | Path) -> float:
     return float(meta["lora"]["alpha"])
 
 
-def merged(
-    params: Mapping[str, Any], lora: Mapping[str, Any], alpha: float
-) -> dict[str, Any]:
+def merged(params: Mapping[str, Any], lora: Mapping[str, Any], alpha: float) -> dict[str, Any]:
     """Parameters by path with the adapters folded in, kernel + (alpha / r) * a @ b, when used.
 
     Raises:

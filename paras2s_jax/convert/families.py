@@ -62,6 +62,18 @@ def _architectures(folder: Path) -> list[str]:
     return [str(name) for name in named]
 
 
+def make_model(family: ModuleType, folder: str | Path, **types: Any) -> nn.Module:
+    """The model of a folder; types: dtype, param_dtype, scan_unroll, remat.
+
+    Raises:
+        ConversionError: its config cannot be read, or asks for what there is not.
+    """
+    try:
+        return family.make_model(Path(folder), **types)
+    except (ValueError, KeyError, FileNotFoundError) as error:
+        raise ConversionError(str(error)) from error
+
+
 def abstract_variables(family: ModuleType, model: nn.Module) -> Any:
     """Shapes, types and logical axes (boxed) of all that a model's init makes."""
     return jax.eval_shape(functools.partial(family.init, model), jax.random.key(0))

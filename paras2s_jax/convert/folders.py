@@ -5,25 +5,30 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import tqdm
 
 from paras2s_jax.convert import adapters, families, stored, torch_files
 from paras2s_jax.convert.checkpoint import INDEX, Checkpoint, ConversionError, write_checkpoint
-from paras2s_jax.convert.pretrained import KEPT_SUFFIXES, PARAMS, is_converted, local_folder
-from paras2s_jax.convert.rules import export_tensors, plan
+from paras2s_jax.convert.pretrained import KEPT_SUFFIXES, local_folder
+from paras2s_jax.convert.rules import Parameter, export_tensors, plan
 from paras2s_jax.models.placement import unbox
 
 DTYPES = ("float32", "bfloat16", "float16")
+# Where the tensors of a torch file wait, inside the folder that is being made.
+SCRATCH = "released"
 
 
 def convert(source: str, target: str, dtype: str | None = None) -> None:
     """A released checkpoint -> `target`/params (Orbax) beside its config and processor files.
 
-    The parameters are never in memory together: they are read and written piece by piece.
+    The parameters are never in memory together: they are read and written piece by piece. Parts of
+    a release that lie in sub-folders are converted along with it.
     source: folder with safetensors or one .pt file, that file, or a hub id. dtype: of the
     parameters, by default as stored.
 
@@ -34,26 +39,78 @@ def convert(source: str, target: str, dtype: str | None = None) -> None:
     if dtype is not None and dtype not in DTYPES:
         raise ConversionError(f"unknown dtype {dtype!r}; known are {', '.join(DTYPES)}")
     file = Path(source) if Path(source).is_file() else None
-    folder = file.parent if file else local_folder(source)
-    if is_converted(folder):
+    folder = file.parent if file else local_folder(source, torch_files.SUFFIXES)
+    if stored.is_converted(folder):
         raise ConversionError(f"{folder} is converted already; give the released folder")
-    with contextlib.ExitStack() as stack:
-        tensors = stack.enter_context(_released(file or folder, Path(target)))
+    with appearing(Path(target)) as partial:
+        works = [_Work.of(file or folder, partial, dtype)]
+        for part in getattr(works[0].family, "PARTS", ()):
+            if (folder / part).is_dir():
+                works.append(_Work.of(folder / part, partial / part, dtype))
+        with _progress("convert", [p for work in works for p in work.planned.values()]) as bar:
+            for work in works:
+                work.run(bar.update)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One checkpoint that fits its model, and where it is to go."""
+
+    family: ModuleType
+    folder: Path
+    target: Path
+    tensors: Checkpoint
+    planned: dict[str, Parameter]
+
+    @classmethod
+    def of(cls, source: Path, target: Path, dtype: str | None) -> _Work:
+        """Checks a checkpoint. source: its folder, or its file beside the config."""
+        target.mkdir(parents=True, exist_ok=True)
+        folder = source if source.is_dir() else source.parent
+        pickled = torch_file(source)
+        if pickled is not None:
+            _copy_beside(folder, target / SCRATCH)
+            folder = source = target / SCRATCH
+            torch_files.to_safetensors(pickled, folder)
+        tensors = Checkpoint(source)
         family = families.family_of(folder)
-        model = family.make_model(folder)
+        model = families.make_model(family, folder)
         planned = plan(
             tensors,
             family.rules(model.config),
             unbox(families.abstract_variables(family, model))["params"],
             ignore=family.IGNORE,
             dtype=dtype or "stored",
-            name=str(file or folder),
+            name=str(pickled or source),
         )
-        partial = stack.enter_context(appearing(Path(target)))
-        bar = stack.enter_context(_progress("convert", planned))
-        meta = {"family": family.__name__.rpartition(".")[2], "released": sorted(tensors)}
-        stored.save_streamed(partial / PARAMS, planned, meta, on_bytes=bar.update)
-        _copy_beside(folder, partial)
+        return cls(family, folder, target, tensors, planned)
+
+    def run(self, on_bytes: Callable[[int], object]) -> None:
+        """Writes the parameters, and copies the small files."""
+        name = self.family.__name__.rpartition(".")[2]
+        meta = {"family": name, "released": sorted(self.tensors)}
+        stored.save_streamed(self.target / stored.PARAMS, self.planned, meta, on_bytes=on_bytes)
+        _copy_beside(self.folder, self.target)
+        shutil.rmtree(self.target / SCRATCH, ignore_errors=True)
+
+
+def torch_file(source: Path) -> Path | None:
+    """The torch file that is to be converted; None where there are safetensors.
+
+    Raises:
+        ConversionError: there are several.
+    """
+    if source.is_file():
+        return source if source.suffix in torch_files.SUFFIXES else None
+    found = sorted(path for path in source.iterdir() if path.suffix in torch_files.SUFFIXES)
+    if not found or any(source.glob("*.safetensors")):
+        return None
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found)
+        raise ConversionError(
+            f"{source} has several torch files ({names}); give the one to convert"
+        )
+    return found[0]
 
 
 def export(source: str, target: str, lora: str = "merged") -> None:
@@ -66,24 +123,26 @@ def export(source: str, target: str, lora: str = "merged") -> None:
             nothing is left behind.
     """
     folder = Path(source)
-    if not is_converted(folder):
-        raise ConversionError(f"{folder} was not made by `paras2s convert`: it has no {PARAMS}/")
+    if not stored.is_converted(folder):
+        raise ConversionError(
+            f"{folder} was not made by `paras2s convert`: it has no {stored.PARAMS}/"
+        )
     family = families.family_of(folder)
-    table = family.rules(family.make_model(folder).config)
-    params = stored.Stored(folder / PARAMS)
-    leaves = stored.Stored(folder / PARAMS, "lora")
+    table = family.rules(families.make_model(family, folder).config)
+    params = stored.Stored(folder / stored.PARAMS)
+    leaves = stored.Stored(folder / stored.PARAMS, "lora")
     lora_params = {path: np.asarray(leaf) for path, leaf in leaves.items()}
     if lora == "adapter":
         if not lora_params:
             raise ConversionError(f"{folder} has no adapters to write; use --lora=merged")
-        alpha = adapters.alpha_of(folder / PARAMS)
+        alpha = adapters.alpha_of(folder / stored.PARAMS)
         with appearing(Path(target)) as partial:
             adapters.write_adapter(partial, lora_params, table, alpha=alpha, base=str(folder))
         return
     if lora_params:
-        params = adapters.merged(params, lora_params, adapters.alpha_of(folder / PARAMS))
+        params = adapters.merged(params, lora_params, adapters.alpha_of(folder / stored.PARAMS))
     tensors = export_tensors(params, table)
-    with appearing(Path(target)) as partial, _progress("export", tensors) as bar:
+    with appearing(Path(target)) as partial, _progress("export", tensors.values()) as bar:
         write_checkpoint(partial, tensors, on_bytes=bar.update)
         _copy_beside(folder, partial)
 
@@ -109,37 +168,17 @@ def appearing(target: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def _released(path: Path, target: Path) -> Iterator[Checkpoint]:
-    """The tensors of a release; those of a .pt file pass through a safetensors file."""
-    pickled = [path] if path.suffix in torch_files.SUFFIXES else []
-    if path.is_dir() and not any(path.glob("*.safetensors")):
-        pickled = sorted(p for p in path.iterdir() if p.suffix in torch_files.SUFFIXES)
-    if len(pickled) > 1:
-        names = ", ".join(file.name for file in pickled)
-        raise ConversionError(f"{path} has several checkpoints ({names}); give the file to convert")
-    if not pickled:
-        yield Checkpoint(path)
-        return
-    scratch = target.with_name(f"{target.name}.released")
-    shutil.rmtree(scratch, ignore_errors=True)
-    try:
-        torch_files.to_safetensors(pickled[0], scratch)
-        yield Checkpoint(scratch)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _progress(title: str, tensors: Mapping) -> tqdm.tqdm:
+def _progress(title: str, tensors: Iterable) -> tqdm.tqdm:
     total = sum(
         int(np.prod(value.shape, dtype=np.int64)) * np.dtype(value.dtype).itemsize
-        for value in tensors.values()
+        for value in tensors
     )
     return tqdm.tqdm(total=total, desc=title, unit="B", unit_scale=True)
 
 
 def _copy_beside(folder: Path, target: Path) -> None:
     """Copies config, tokenizer and processor files: data, never code."""
+    target.mkdir(parents=True, exist_ok=True)
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.suffix in KEPT_SUFFIXES and path.name != INDEX:
             shutil.copyfile(path, target / path.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,11 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jax.sharding import Mesh, Sharding
 
-from paras2s_jax.convert import families, stored
+from paras2s_jax.convert import families, stored, torch_files
 from paras2s_jax.convert.checkpoint import Checkpoint, ConversionError
 from paras2s_jax.convert.rules import Parameter, plan
 from paras2s_jax.models.placement import Rules, logical_shardings, unbox
 
-# Folder of the Orbax checkpoint inside a converted folder.
-PARAMS = "params"
 # What is fetched from a hub, and what of a release is kept beside converted parameters: no code,
 # no pickles.
 KEPT_SUFFIXES = (".json", ".txt", ".model", ".tiktoken", ".jinja", ".yaml")
@@ -53,7 +52,7 @@ def from_pretrained(
     folder = local_folder(path_or_hub_id)
     family = families.family_of(folder)
     param_dtype = dtype if param_dtype is None else param_dtype
-    model = family.make_model(folder, dtype=dtype, param_dtype=param_dtype)
+    model = families.make_model(family, folder, dtype=dtype, param_dtype=param_dtype)
     boxed = {"params": families.abstract_variables(family, model)["params"]}
     expected = unbox(boxed)["params"]
     if mesh is None:
@@ -61,11 +60,11 @@ def from_pretrained(
         shardings = jax.tree.map(lambda _: single, expected)
     else:
         shardings = logical_shardings(boxed, mesh, rules)["params"]
-    if is_converted(folder):
+    if stored.is_converted(folder):
         params = _load_converted(folder, expected, shardings, param_dtype)
     else:
         planned = plan(
-            Checkpoint(folder),
+            _released(folder),
             family.rules(model.config),
             expected,
             ignore=family.IGNORE,
@@ -78,13 +77,10 @@ def from_pretrained(
     return model, params, family.load_processor(folder)
 
 
-def is_converted(folder: Path) -> bool:
-    """Whether a folder was made by `paras2s convert`."""
-    return (folder / PARAMS / "variables").is_dir()
-
-
-def local_folder(path_or_hub_id: str | Path) -> Path:
+def local_folder(path_or_hub_id: str | Path, suffixes: Sequence[str] = ()) -> Path:
     """The folder itself, or the hub's files in the local cache.
+
+    suffixes: of files to fetch beside safetensors and the small ones.
 
     Raises:
         ConversionError: the hub does not give them.
@@ -98,7 +94,7 @@ def local_folder(path_or_hub_id: str | Path) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError
 
-    patterns = [f"*{suffix}" for suffix in (".safetensors", *KEPT_SUFFIXES)]
+    patterns = [f"*{suffix}" for suffix in (".safetensors", *KEPT_SUFFIXES, *suffixes)]
     try:
         found = huggingface_hub.snapshot_download(str(path_or_hub_id), allow_patterns=patterns)
     except (HfHubHTTPError, OSError, ValueError) as error:
@@ -108,6 +104,16 @@ def local_folder(path_or_hub_id: str | Path) -> Path:
             "check the name, or give the folder of a downloaded copy"
         ) from error
     return Path(found)
+
+
+def _released(folder: Path) -> Checkpoint:
+    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in torch_files.SUFFIXES)
+    if pickled and not any(folder.glob("*.safetensors")):
+        raise ConversionError(
+            f"{folder} has no safetensors, only {', '.join(pickled)}; convert it once with "
+            f"paras2s convert --from={folder} --to=FOLDER, and give that folder"
+        )
+    return Checkpoint(folder)
 
 
 def place(parameter: Parameter, sharding: Sharding) -> jax.Array:
@@ -125,7 +131,7 @@ def place(parameter: Parameter, sharding: Sharding) -> jax.Array:
 
 
 def _load_converted(folder: Path, expected: Any, shardings: Any, dtype: Any) -> dict[str, Any]:
-    found = {path: leaf.shape for path, leaf in stored.Stored(folder / PARAMS).items()}
+    found = {path: leaf.shape for path, leaf in stored.Stored(folder / stored.PARAMS).items()}
     wanted = {
         path: tuple(leaf.shape)
         for path, leaf in traverse_util.flatten_dict(expected, sep="/").items()
@@ -136,6 +142,8 @@ def _load_converted(folder: Path, expected: Any, shardings: Any, dtype: Any) -> 
         if found.get(path) != wanted.get(path)
     ]
     if wrong:
-        raise ConversionError(f"{folder / PARAMS} does not match the model; {'; '.join(wrong)}")
-    variables, _ = stored.load_params(folder / PARAMS, {"params": shardings}, dtype)
+        raise ConversionError(
+            f"{folder / stored.PARAMS} does not match the model; {'; '.join(wrong)}"
+        )
+    variables, _ = stored.load_params(folder / stored.PARAMS, {"params": shardings}, dtype)
     return variables["params"]

@@ -36,6 +36,7 @@ __all__ = [
 LINEAR = (1, 0)  # torch [out, in] <-> kernel [in, out]
 CONV1D = (2, 1, 0)  # torch [out, in, k] <-> kernel [k, in, out]
 
+
 @dataclass(frozen=True)
 class Rule:
     """One line of a table: checkpoint key <-> parameter path ("a/b/kernel").

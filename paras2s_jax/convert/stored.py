@@ -16,8 +16,11 @@ import tensorstore as ts
 from etils import epath
 from flax import traverse_util
 
+from paras2s_jax.convert.checkpoint import Checkpoint
 from paras2s_jax.convert.rules import Parameter
 
+# Folder of the Orbax checkpoint inside a converted folder.
+PARAMS = "params"
 # Streamed parameters are written in pieces of at most this size.
 PIECE_BYTES = 64 << 20
 
@@ -109,6 +112,19 @@ def saved_meta(directory: str | os.PathLike) -> dict[str, Any]:
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         args = ocp.args.Composite(meta=ocp.args.JsonRestore())
         return checkpointer.restore(directory, args).meta
+
+
+def is_converted(folder: str | os.PathLike) -> bool:
+    """Whether a folder was made by `paras2s convert`."""
+    return (pathlib.Path(folder) / PARAMS / "variables").is_dir()
+
+
+def released_names(folder: str | os.PathLike) -> set[str]:
+    """Names of the tensors that a folder holds, or held before it was converted."""
+    folder = pathlib.Path(folder)
+    if is_converted(folder):
+        return set(saved_meta(folder / PARAMS).get("released", ()))
+    return set(Checkpoint(folder)) if any(folder.glob("*.safetensors")) else set()
 
 
 class Stored(Mapping):

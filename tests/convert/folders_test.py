@@ -158,7 +158,7 @@ def test_a_torch_file(release, tmp_path):
             k: v.numpy().tobytes() for k, v in hf.state_dict().items()
         }
     torch.save(hf.state_dict(), tmp_path / "from" / "other.pt")
-    with pytest.raises(ConversionError, match=r"several checkpoints \(model.pt, other.pt\); give"):
+    with pytest.raises(ConversionError, match=r"several torch files \(model.pt, other.pt\); give"):
         folders.convert(str(tmp_path / "from"), str(tmp_path / "x"))
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"from", "to0", "to1", "back0", "back1"}
