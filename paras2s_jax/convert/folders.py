@@ -16,7 +16,7 @@ import tqdm
 from paras2s_jax.convert import adapters, families, stored, torch_files
 from paras2s_jax.convert.checkpoint import INDEX, Checkpoint, ConversionError, write_checkpoint
 from paras2s_jax.convert.pretrained import KEPT_SUFFIXES, local_folder
-from paras2s_jax.convert.rules import Parameter, export_tensors, plan
+from paras2s_jax.convert.rules import Parameter, Rule, export_tensors, plan
 from paras2s_jax.models.placement import unbox
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -44,7 +44,7 @@ def convert(source: str, target: str, dtype: str | None = None) -> None:
         raise ConversionError(f"{folder} is converted already; give the released folder")
     with appearing(Path(target)) as partial:
         works = [_Work.of(file or folder, partial, dtype)]
-        for part in getattr(works[0].family, "PARTS", ()):
+        for part in parts_of(works[0].family):
             if (folder / part).is_dir():
                 works.append(_Work.of(folder / part, partial / part, dtype))
         with _progress("convert", [p for work in works for p in work.planned.values()]) as bar:
@@ -125,26 +125,47 @@ def export(source: str, target: str, lora: str = "merged") -> None:
     folder = Path(source)
     if not stored.is_converted(folder):
         raise ConversionError(
-            f"{folder} was not made by `paras2s convert`: it has no {stored.PARAMS}/"
+            f"{folder} was not made by `paras2s convert`: it lacks {stored.PARAMS}/"
         )
-    family = families.family_of(folder)
-    table = family.rules(families.make_model(family, folder).config)
-    params = stored.Stored(folder / stored.PARAMS)
-    leaves = stored.Stored(folder / stored.PARAMS, "lora")
-    lora_params = {path: np.asarray(leaf) for path, leaf in leaves.items()}
+    family, table = _table_of(folder)
     if lora == "adapter":
+        lora_params = _adapters(folder)
         if not lora_params:
             raise ConversionError(f"{folder} has no adapters to write; use --lora=merged")
         alpha = adapters.alpha_of(folder / stored.PARAMS)
         with appearing(Path(target)) as partial:
             adapters.write_adapter(partial, lora_params, table, alpha=alpha, base=str(folder))
         return
+    parts = [part for part in parts_of(family) if stored.is_converted(folder / part)]
+    tensors = {part: _plain_tensors(folder / part) for part in (".", *parts)}
+    with appearing(Path(target)) as partial:
+        with _progress("export", [t for part in tensors.values() for t in part.values()]) as bar:
+            for part, of_part in tensors.items():
+                write_checkpoint(partial / part, of_part, on_bytes=bar.update)
+                _copy_beside(folder / part, partial / part)
+
+
+def _table_of(folder: Path) -> tuple[ModuleType, list[Rule]]:
+    family = families.family_of(folder)
+    return family, family.rules(families.make_model(family, folder).config)
+
+
+def _adapters(folder: Path) -> dict[str, np.ndarray]:
+    leaves = stored.Stored(folder / stored.PARAMS, "lora")
+    return {path: np.asarray(leaf) for path, leaf in leaves.items()}
+
+
+def _plain_tensors(folder: Path) -> dict:
+    """What is exported of one converted folder, with its adapters folded in; made when used."""
+    params, lora_params = stored.Stored(folder / stored.PARAMS), _adapters(folder)
     if lora_params:
         params = adapters.merged(params, lora_params, adapters.alpha_of(folder / stored.PARAMS))
-    tensors = export_tensors(params, table)
-    with appearing(Path(target)) as partial, _progress("export", tensors.values()) as bar:
-        write_checkpoint(partial, tensors, on_bytes=bar.update)
-        _copy_beside(folder, partial)
+    return export_tensors(params, _table_of(folder)[1])
+
+
+def parts_of(family: ModuleType) -> tuple[str, ...]:
+    """Sub-folders of a family's release that hold checkpoints of other families."""
+    return getattr(family, "PARTS", ())
 
 
 @contextlib.contextmanager

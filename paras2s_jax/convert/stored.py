@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
+from absl import logging
 from etils import epath
 from flax import traverse_util
 
@@ -63,8 +64,14 @@ def save_streamed(
     args = ocp.args.Composite(
         variables=ocp.args.PyTreeSave(tree), meta=ocp.args.JsonSave(dict(meta))
     )
-    with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(directory, args=args, force=True)
+    # Orbax warns that there is nothing to merge, as it should be without OCDBT.
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        with ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(directory, args=args, force=True)
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def load_params(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -62,7 +63,7 @@ def write_release(folder: Path, gb: float) -> None:
     shapes = _shapes(0)
     fixed = 2 * sum(np.prod(shape) for shape in shapes.values())
     per_layer = 2 * sum(np.prod(shape) for shape in _shapes(1).values()) - fixed
-    layers = max(1, round((gb * 1e9 - fixed) / per_layer))
+    layers = max(1, math.ceil((gb * 1e9 - fixed) / per_layer))
     folder.mkdir(parents=True)
     config = {"architectures": ["Qwen2ForCausalLM"], "num_hidden_layers": layers, **SIZES}
     (folder / "config.json").write_text(json.dumps(config, indent=1))

@@ -14,9 +14,9 @@ import transformers
 from safetensors.numpy import load_file
 
 from paras2s_jax import cli
-from paras2s_jax.convert import folders, from_pretrained
+from paras2s_jax.convert import families, folders, from_pretrained
 from paras2s_jax.convert.rules import Checkpoint, ConversionError
-from paras2s_jax.convert.stored import load_params
+from paras2s_jax.convert.stored import load_params, released_names
 
 CLASSES = {
     "qwen2": transformers.Qwen2ForCausalLM,
@@ -162,3 +162,39 @@ def test_a_torch_file(release, tmp_path):
         folders.convert(str(tmp_path / "from"), str(tmp_path / "x"))
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"from", "to0", "to1", "back0", "back1"}
+
+
+def test_parts_of_a_release_come_along(release, tmp_path, monkeypatch):
+    folder, hf = release("qwen2")
+    shutil.copytree(folder, tmp_path / "from")
+    part = tmp_path / "from" / "decoder"
+    part.mkdir()
+    shutil.copyfile(folder / "config.json", part / "config.json")
+    torch.save({"generator": hf.state_dict()}, part / "model.pt")
+    family = families.load("qwen2")
+    monkeypatch.setattr(family, "PARTS", ("decoder", "encoder"), raising=False)
+    with pytest.raises(ConversionError, match=r"convert it once with paras2s convert"):
+        from_pretrained(part)
+    folders.convert(str(tmp_path / "from"), str(tmp_path / "to"))
+    assert {path.name for path in (tmp_path / "to" / "decoder").iterdir()} == {
+        "config.json",
+        "params",
+    }
+    params = [from_pretrained(tmp_path / "to" / name)[1] for name in (".", "decoder")]
+    jax.tree.map(np.testing.assert_array_equal, *params)
+    folders.export(str(tmp_path / "to"), str(tmp_path / "back"))
+    again = transformers.Qwen2ForCausalLM.from_pretrained(tmp_path / "back" / "decoder")
+    assert torch.equal(again.lm_head.weight, hf.lm_head.weight)
+    # A part that does not fit stops the whole.
+    torch.save({"generator": {"x": torch.ones(1)}}, part / "model.pt")
+    with pytest.raises(ConversionError, match=r"decoder/model\.pt does not match the model"):
+        folders.convert(str(tmp_path / "from"), str(tmp_path / "to2"))
+    assert not any(path.name.startswith("to2") for path in tmp_path.iterdir())
+
+
+def test_names_of_the_release_are_known_in_every_form(release, tmp_path):
+    folder, hf = release("qwen2", shards=True)
+    assert released_names(folder) == set(hf.state_dict())
+    folders.convert(str(folder), str(tmp_path / "to"))
+    assert released_names(tmp_path / "to") == set(hf.state_dict())
+    assert released_names(tmp_path) == set()

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from paras2s_jax.convert import families, folders, from_pretrained
 from paras2s_jax.convert.rules import Checkpoint, ConversionError, export_params
+from paras2s_jax.train.sharding import make_mesh
 
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 5))
 RULES = (("vocab", "tensor"), ("embed", "fsdp"), ("mlp", "tensor"), ("heads", "tensor"))
@@ -73,7 +74,7 @@ def test_parameters_land_on_their_shards(release, tmp_path, converted):
     if converted:
         folders.convert(str(folder), str(tmp_path / "c"))
         folder = tmp_path / "c"
-    mesh = jax.make_mesh((2, 4), ("fsdp", "tensor"))
+    mesh = make_mesh({"fsdp": 2, "tensor": 4})
     _, params, _ = from_pretrained(folder, mesh=mesh, rules=RULES)
     up = params["stack"]["layers"]["mlp"]["up_proj"]["kernel"]  # [layers 3, 24, 40]
     assert up.sharding.spec == P(None, "fsdp", "tensor")
