@@ -1,8 +1,8 @@
 """Which convert module reads which checkpoint. To add a family: write its module, list it here.
 
 Each module has ARCHITECTURES (names in config.json "architectures"), IGNORE, make_model, rules,
-init and load_processor; one whose release has no such config.json has `matches(folder)` too, and one whose release has
-checkpoints of other families in sub-folders names those in PARTS.
+init and load_processor; one whose release has no such config.json has `matches(folder)` too, and
+one whose release has checkpoints of other families in sub-folders names those in PARTS.
 """
 
 from __future__ import annotations

@@ -138,11 +138,11 @@ def export(source: str, target: str, lora: str = "merged") -> None:
         return
     parts = [part for part in parts_of(family) if stored.is_converted(folder / part)]
     tensors = {part: _plain_tensors(folder / part) for part in (".", *parts)}
-    with appearing(Path(target)) as partial:
-        with _progress("export", [t for part in tensors.values() for t in part.values()]) as bar:
-            for part, of_part in tensors.items():
-                write_checkpoint(partial / part, of_part, on_bytes=bar.update)
-                _copy_beside(folder / part, partial / part)
+    every = [tensor for of_part in tensors.values() for tensor in of_part.values()]
+    with appearing(Path(target)) as partial, _progress("export", every) as bar:
+        for part, of_part in tensors.items():
+            write_checkpoint(partial / part, of_part, on_bytes=bar.update)
+            _copy_beside(folder / part, partial / part)
 
 
 def _table_of(folder: Path) -> tuple[ModuleType, list[Rule]]:
