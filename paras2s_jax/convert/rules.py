@@ -26,9 +26,11 @@ __all__ = [
     "Parameter",
     "Rule",
     "check_shapes",
+    "dense_rules",
     "export_params",
     "export_tensors",
     "import_params",
+    "norm_rules",
     "plan",
     "write_checkpoint",
 ]
@@ -69,6 +71,22 @@ class Rule:
         if self.is_stack:
             return [(self.target, tuple(key for key, _ in self.pairs()))]
         return [(path, (key,)) for key, path in self.pairs()]
+
+
+def norm_rules(key: str, path: str, over: range | None = None) -> list[Rule]:
+    """Rules of a norm with scale and bias."""
+    return [
+        Rule(f"{key}.weight", f"{path}/scale", over=over),
+        Rule(f"{key}.bias", f"{path}/bias", over=over),
+    ]
+
+
+def dense_rules(
+    key: str, path: str, over: range | None = None, *, use_bias: bool = True
+) -> list[Rule]:
+    """Rules of a linear map (torch.nn.Linear)."""
+    kernel = Rule(f"{key}.weight", f"{path}/kernel", LINEAR, over)
+    return [kernel, Rule(f"{key}.bias", f"{path}/bias", over=over)] if use_bias else [kernel]
 
 
 def check_shapes(
@@ -235,22 +253,6 @@ def plan(
         for rule in rules
         for path, keys in rule.sources()
     }
-
-
-def norm_rules(key: str, path: str, over: range | None = None) -> list[Rule]:
-    """Rules of a norm with scale and bias."""
-    return [
-        Rule(f"{key}.weight", f"{path}/scale", over=over),
-        Rule(f"{key}.bias", f"{path}/bias", over=over),
-    ]
-
-
-def dense_rules(
-    key: str, path: str, over: range | None = None, *, use_bias: bool = True
-) -> list[Rule]:
-    """Rules of a linear map (torch.nn.Linear)."""
-    kernel = Rule(f"{key}.weight", f"{path}/kernel", LINEAR, over)
-    return [kernel, Rule(f"{key}.bias", f"{path}/bias", over=over)] if use_bias else [kernel]
 
 
 def import_params(

@@ -1,6 +1,7 @@
 """Published classifiers of waves as style analyzers: their labels become the judge's names."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from paras2s_jax.audio.level import standardize
+from paras2s_jax.convert import from_pretrained
 from paras2s_jax.judge.buckets import Buckets
 from paras2s_jax.judge.ledger import params_digest
 from paras2s_jax.models.emotion2vec import STANDARDIZE_EPS, Emotion2vec
@@ -45,11 +47,11 @@ class PublishedClassifier:
     It is a `WaveNamer`: `Judge` takes it as style analyzer or tone namer.
 
     Args:
-        model, params: of `convert.from_pretrained`.
+        model, params: of `convert.from_pretrained`; `load` calls it.
         names: the model's label → the judge's name. Labels that share a name are summed up;
             those without one are taken as impossible.
-        is_standardized: whether the model wants waves of zero mean and unit variance (do_normalize
-            of its feature extractor, normalize of an emotion2vec).
+        is_standardized: whether the model wants waves of zero mean and unit variance, do_normalize
+            of its processor.
     """
 
     def __init__(
@@ -88,6 +90,31 @@ class PublishedClassifier:
             return jax.nn.softmax(scores) @ groups.astype(jnp.float32)
 
         self._probs = probs
+
+    @classmethod
+    def load(
+        cls,
+        path_or_hub_id: str | Path,
+        names: Mapping[str, str],
+        *,
+        len_buckets_s: Sequence[float],
+        batch_size: int = 16,
+    ) -> "PublishedClassifier":
+        """Of a released or converted checkpoint; other arguments as of the class."""
+        model, params, processor = from_pretrained(path_or_hub_id)
+        if processor is None:
+            raise ValueError(
+                f"{path_or_hub_id} does not say how waves are prepared; "
+                "put the released preprocessor_config.json there."
+            )
+        return cls(
+            model,
+            params,
+            names,
+            is_standardized=processor.do_normalize,
+            len_buckets_s=len_buckets_s,
+            batch_size=batch_size,
+        )
 
     @property
     def max_dur_s(self) -> float:

@@ -308,7 +308,7 @@ class Emotion2vecProcessor:
     """Waves -> what Emotion2vec takes, as funasr prepares them; labels name its scores."""
 
     labels: tuple[str, ...]
-    normalize: bool
+    do_normalize: bool
 
     def __call__(self, waves: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
         """waves: float32[L] each, at 16 kHz.
@@ -319,7 +319,7 @@ class Emotion2vecProcessor:
         source = np.zeros((len(waves), lens.max()), np.float32)
         for row, wave in enumerate(waves):
             source[row, : len(wave)] = wave
-        if self.normalize:
+        if self.do_normalize:
             source = np.asarray(standardize(jnp.asarray(source), lens, eps=STANDARDIZE_EPS))
         padding_mask = np.arange(source.shape[1]) >= lens[:, None]
         return {"source": source, "padding_mask": padding_mask}
