@@ -6,6 +6,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from paras2s_jax.models import axes
 
@@ -144,14 +145,31 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = 
 
 
 def rope_angles(
-    positions: jax.Array, head_dim: int, theta: float, scaling: RopeScaling | None = None
+    positions: jax.Array,
+    head_dim: int,
+    theta: float,
+    scaling: RopeScaling | None = None,
+    sections: tuple[int, ...] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """cos and sin of the rotary angles (RoFormer, arXiv 2104.09864, sec. 3.2.2).
 
-    positions: int32[B, T]. Returns: two float32[B, T, 1, head_dim // 2].
+    positions: int32[B, T], or int32[3, B, T]: a time, a height and a width for each token, of
+    which section i of the frequencies takes the one numbered i modulo 3 (multimodal rotary
+    embedding, Qwen2-VL, arXiv 2409.12191, sec. 2.1). sections: sizes that sum to head_dim // 2.
+    Returns: two float32[B, T, 1, head_dim // 2].
     """
     frequency = rope_frequencies(head_dim, theta, scaling)
-    angles = positions[..., None, None].astype(jnp.float32) * frequency
+    if positions.ndim == 3:
+        if sections is None or sum(sections) != head_dim // 2:
+            raise ValueError(
+                f"positions {positions.shape} need sections that sum to {head_dim // 2}, "
+                f"the config has {sections}"
+            )
+        axis_of = np.repeat(np.arange(len(sections)) % len(positions), sections)
+        positions = jnp.moveaxis(positions[axis_of], 0, -1)[:, :, None]
+    else:
+        positions = positions[..., None, None]
+    angles = positions.astype(jnp.float32) * frequency
     return jnp.cos(angles), jnp.sin(angles)
 
 

@@ -224,14 +224,21 @@ def make_view(
     """Angles and masks of one call on x: [B, T, D].
 
     mask: bool or int[B, T], which of the call's own tokens are real (default all; a call that
-    writes to a cache must have real tokens only). positions: int32[B, T], by default
-    cache_index + 0, 1, 2, …, padding included (only differences matter).
+    writes to a cache must have real tokens only). positions: int32[B, T], or int32[3, B, T] if the
+    config has an mrope_section, by default cache_index + 0, 1, 2, …, padding included (only
+    differences matter).
     """
     steps = x.shape[1]
     if positions is None:
         start = 0 if cache_index is None else cache_index
         positions = (start + jnp.arange(steps))[None]
-    cos, sin = rope_angles(positions, config.width_per_head, config.rope_theta, config.rope_scaling)
+    cos, sin = rope_angles(
+        positions,
+        config.width_per_head,
+        config.rope_theta,
+        config.rope_scaling,
+        config.mrope_section,
+    )
     own_mask = jnp.tril(jnp.ones((steps, steps), bool))[None]
     if mask is not None:
         own_mask = own_mask & mask.astype(bool)[:, None, :]
@@ -265,6 +272,8 @@ class Qwen2LM(nn.Module):
                 c.vocab_size,
                 use_bias=False,
                 kernel_axes=(axes.EMBED, axes.VOCAB),
+                lora_rank=self.lora.rank_of("lm_head"),
+                lora_alpha=self.lora.alpha,
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
                 out_dtype=jnp.float32,
@@ -295,11 +304,11 @@ class Qwen2LM(nn.Module):
     ):
         """Logits of input_ids: int32[B, T] or of inputs_embeds: float[B, T, D] (give one).
 
-        attention_mask: bool or int[B, T] (nonzero = real) and position_ids: int32[B, T], see
-        make_view; cache, cache_index, prefix, emit: see Qwen2Stack; prefix_mask: bool or
-        int[P, S]. To decode after ragged prompts: run them once with emit=("kv",), then pass
-        out["kv"] and their mask as prefix, positions counted from each prompt's length, and a
-        cache for the new tokens.
+        attention_mask: bool or int[B, T] (nonzero = real) and position_ids: int32[B, T] or
+        int32[3, B, T], see make_view; cache, cache_index, prefix, emit: see Qwen2Stack;
+        prefix_mask: bool or int[P, S]. To decode after ragged prompts: run them once with
+        emit=("kv",), then pass out["kv"] and their mask as prefix, positions counted from each
+        prompt's length, and a cache for the new tokens.
         Returns: (float32[B, T, V], out) with out["hidden"] float[B, T, D] and Qwen2Stack's.
         """
         x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds.astype(self.dtype)

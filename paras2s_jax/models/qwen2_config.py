@@ -37,6 +37,8 @@ class Qwen2Config:
     """Sizes of a Qwen2 decoder; names follow Hugging Face's config.json.
 
     attention_bias: whether q, k and v have one (Qwen2: yes, Llama: no).
+    mrope_section: how many of the head's frequencies follow each position axis in turn, where
+    tokens have three positions (layers.rope_angles).
     """
 
     vocab_size: int
@@ -51,6 +53,7 @@ class Qwen2Config:
     tie_word_embeddings: bool = False
     attention_bias: bool = True
     rope_scaling: RopeScaling | None = None
+    mrope_section: tuple[int, ...] | None = None
 
     @property
     def width_per_head(self) -> int:
@@ -90,6 +93,7 @@ class Qwen2Config:
             "num_key_value_heads": values.get("num_key_value_heads", values["num_attention_heads"]),
             "rope_theta": rope.get("rope_theta", values.get("rope_theta", _ROPE_THETA)),
             "rope_scaling": _scaling(rope, values),
+            "mrope_section": tuple(rope["mrope_section"]) if "mrope_section" in rope else None,
         }
         made = {f.name: values[f.name] for f in fields(cls) if f.name in values} | made
         return cls(**made)

@@ -80,6 +80,26 @@ def test_rope_scores_depend_on_distance_only():
     assert abs(score(at[7], at[3]) - score(at[7], at[4])) > 1e-3
 
 
+def test_rope_of_several_axes():
+    """Head size 10, sections 2 + 1 + 1 + 1: frequencies 0 and 1 and the last follow the time."""
+    positions = jnp.array([[[5]], [[7]], [[11]]])
+    cos, sin = layers.rope_angles(positions, 10, 100.0, sections=(2, 1, 1, 1))
+    assert cos.shape == (1, 1, 1, 5)
+    frequencies = 100.0 ** (-np.arange(5) / 5)
+    angles = np.array([5, 5, 7, 11, 5]) * frequencies
+    np.testing.assert_allclose(cos[0, 0, 0], np.cos(angles), atol=1e-5)
+    np.testing.assert_allclose(sin[0, 0, 0], np.sin(angles), atol=1e-5)
+    plain = layers.rope_angles(jnp.array([[4]]), 10, 100.0)
+    same = layers.rope_angles(jnp.full((3, 1, 1), 4), 10, 100.0, sections=(2, 1, 1, 1))
+    np.testing.assert_array_equal(same, plain)
+
+
+@pytest.mark.parametrize("sections", [None, (2, 2)])
+def test_rope_of_several_axes_needs_fitting_sections(sections):
+    with pytest.raises(ValueError, match="sum to 5"):
+        layers.rope_angles(jnp.zeros((3, 1, 1), int), 10, 100.0, sections=sections)
+
+
 def _attention_by_hand(q, k, v, mask):
     """Per-head numpy attention. q: [B, T, N, H]; k, v: [B, S, K, H]; mask: bool[B, T, S]."""
     out = np.zeros_like(q)
