@@ -129,15 +129,17 @@ class RewardModel:
         prompts, group = answer_lens.shape
         heard, heard_mask = self._hear(variables, query_waves, query_lens)
         ids = self._ids(heard, before=self.prompt.before, after=self.prompt.between)
-        _, shared = self.model.apply(variables, ids, heard, heard_mask, emit=("kv",))
+        _, shared = self.model.apply(
+            variables, ids, audio_embeds=heard, audio_mask=heard_mask, emit=("kv",)
+        )
         heard, heard_mask = self._hear(
             variables, answer_waves.reshape(prompts * group, -1), answer_lens.reshape(-1)
         )
         _, out = self.model.apply(
             variables,
             self._ids(heard, after=self.prompt.after),
-            heard,
-            heard_mask,
+            audio_embeds=heard,
+            audio_mask=heard_mask,
             prefix=shared["kv"],
             prefix_mask=shared["mask"],
         )
