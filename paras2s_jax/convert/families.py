@@ -20,7 +20,14 @@ import jax
 
 from paras2s_jax.convert.checkpoint import ConversionError
 
-FAMILIES = ("emotion2vec", "kimi_audio", "qwen2", "qwen2_audio", "wav2vec2")
+FAMILIES = (
+    "emotion2vec",
+    "kimi_audio",
+    "qwen2",
+    "qwen2_5_omni",
+    "qwen2_audio",
+    "wav2vec2",
+)
 
 
 def load(name: str) -> ModuleType:

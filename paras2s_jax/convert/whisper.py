@@ -19,7 +19,7 @@ def _dense(key: str, path: str, over: range | None = None, use_bias: bool = True
     return [kernel, Rule(f"{key}.bias", f"{path}/bias", over=over)] if use_bias else [kernel]
 
 
-def _layers(source: str, target: str, over: range, attentions: tuple[str, ...]) -> list[Rule]:
+def layer_rules(source: str, target: str, over: range, attentions: tuple[str, ...]) -> list[Rule]:
     """Rules of stacked layers; source has "{i}", target is the scanned module."""
     table = _norm(f"{source}.final_layer_norm", f"{target}/final_layer_norm", over)
     for name in ("fc1", "fc2"):
@@ -41,7 +41,7 @@ def encoder_rules(
         table.append(Rule(f"{prefix}{name}.weight", f"{target}{name}/kernel", CONV1D))
         table.append(Rule(f"{prefix}{name}.bias", f"{target}{name}/bias"))
     over = range(config.encoder_layers)
-    table += _layers(f"{prefix}layers.{{i}}", f"{target}layers", over, ("self_attn",))
+    table += layer_rules(f"{prefix}layers.{{i}}", f"{target}layers", over, ("self_attn",))
     return table + _norm(f"{prefix}layer_norm", f"{target}layer_norm")
 
 
@@ -55,7 +55,7 @@ def asr_rules(config: WhisperConfig, *, prefix: str = "model.") -> list[Rule]:
     ]
     over = range(config.decoder_layers)
     attentions = ("self_attn", "encoder_attn")
-    table += _layers(f"{source}layers.{{i}}", f"{target}layers", over, attentions)
+    table += layer_rules(f"{source}layers.{{i}}", f"{target}layers", over, attentions)
     return table + _norm(f"{source}layer_norm", f"{target}layer_norm")
 
 
