@@ -19,6 +19,7 @@ from paras2s_jax.judge.interfaces import (
     Stage,
     Transcriber,
     Transcript,
+    WaveCaptioner,
     WaveNamer,
 )
 from paras2s_jax.judge.ledger import Ledger, digest, file_digest, ledger_key
@@ -31,7 +32,10 @@ WAVES_PER_CHUNK = 512
 
 @dataclasses.dataclass(frozen=True)
 class Named:
-    """A name that a stage gave a wave, with the probability of every name it may give."""
+    """A name that a stage gave a wave, with the probability of every name it may give.
+
+    A captioner chooses freely: it has none.
+    """
 
     label: str
     probs: Mapping[str, float]
@@ -61,7 +65,7 @@ class Judge:
     Args:
         transcriber: waves → words, for queries and answers.
         style_analyzers: per dimension, query waves → style.
-        tone_namer: answer waves → tone of voice.
+        tone_namer: answer waves → tone of voice, from a list or in free words.
         scorer: words and names → score.
         ledger: where stage outputs are kept; a wav is heard once however often it is judged.
         progress: shows a progress bar.
@@ -71,7 +75,7 @@ class Judge:
         self,
         transcriber: Transcriber,
         style_analyzers: Mapping[str, WaveNamer],
-        tone_namer: WaveNamer,
+        tone_namer: WaveNamer | WaveCaptioner,
         scorer: Scorer,
         ledger: Ledger,
         *,
@@ -84,7 +88,7 @@ class Judge:
         self._waves_per_chunk = waves_per_chunk
         self._listeners = {
             "transcribe": _transcribe_listener(transcriber),
-            "tone": _naming_listener("tone", tone_namer),
+            "tone": _tone_listener(tone_namer),
         }
         for dimension, analyzer in style_analyzers.items():
             stage = _style_stage(dimension)
@@ -326,6 +330,19 @@ def _naming_listener(stage: str, namer: WaveNamer) -> _Listener:
         ]
 
     return _Listener(stage, namer, namer.max_dur_s, run, lambda values: Named(**values))
+
+
+def _tone_listener(namer: WaveNamer | WaveCaptioner) -> _Listener:
+    if not isinstance(namer, WaveCaptioner):
+        return _naming_listener("tone", namer)
+
+    def run(waves: Sequence[np.ndarray]) -> list[dict[str, Any] | Failure]:
+        return [
+            tone if isinstance(tone, Failure) else {"label": tone, "probs": {}}
+            for tone in namer.caption(waves)
+        ]
+
+    return _Listener("tone", namer, namer.max_dur_s, run, lambda values: Named(**values))
 
 
 def _hash_or_failure(path: Path) -> str | Failure:

@@ -6,7 +6,7 @@ tone, and only these are scored, so that words cannot make the judge "hear" a st
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -80,6 +80,16 @@ class WaveNamer(Stage, Protocol):
 
     def name(self, waves: Sequence[np.ndarray]) -> tuple[list[str], np.ndarray]:
         """waves: float32[L] each. Returns: labels, and their probabilities float32[B, C]."""
+
+
+@runtime_checkable
+class WaveCaptioner(Stage, Protocol):
+    """Waveforms → the tone of voice in free words."""
+
+    max_dur_s: float
+
+    def caption(self, waves: Sequence[np.ndarray]) -> list[str | Failure]:
+        """waves: float32[L] each. A reply that names no tone is a Failure."""
 
 
 class Scorer(Protocol):
