@@ -5,13 +5,8 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from paras2s_jax.convert.rules import (
-    CONV1D,
-    Checkpoint,
-    Rule,
-    dense_rules,
-    norm_rules,
-)
+from paras2s_jax.convert.rules import CONV1D, Rule, dense_rules, norm_rules
+from paras2s_jax.convert.stored import released_names
 from paras2s_jax.models.emotion2vec import Emotion2vec, Emotion2vecConfig, Emotion2vecProcessor
 
 # There is no config.json that could name one: `matches` tells.
@@ -36,8 +31,9 @@ def make_model(folder: str | Path, **types) -> Emotion2vec:
     """The model of a folder; `types` are its dtype, param_dtype, scan_unroll, remat."""
     folder = Path(folder)
     config = Emotion2vecConfig.from_yaml(folder / "config.yaml", _tokens(folder))
-    if any(folder.glob("*.safetensors")):
-        is_nested = any(key.startswith(_PREFIX) for key in Checkpoint(folder))
+    names = released_names(folder)
+    if names:
+        is_nested = any(name.startswith(_PREFIX) for name in names)
         config = dataclasses.replace(config, prefix=_PREFIX if is_nested else "")
     return Emotion2vec(config, **types)
 

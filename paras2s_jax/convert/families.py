@@ -39,17 +39,19 @@ def family_of(folder: str | Path) -> ModuleType:
     """The module that reads the checkpoint in a folder.
 
     Raises:
-        ConversionError: there is no config.json, or no family reads what it names.
+        ConversionError: no family reads what config.json names, or there is none.
     """
     folder = Path(folder)
     modules = [load(name) for name in FAMILIES]
+    named = _architectures(folder)
+    for module in modules:
+        if set(named or ()) & set(module.ARCHITECTURES):
+            return module
     for module in modules:
         if hasattr(module, "matches") and module.matches(folder):
             return module
-    named = _architectures(folder)
-    for module in modules:
-        if set(named) & set(module.ARCHITECTURES):
-            return module
+    if named is None:
+        raise ConversionError(f"{folder / 'config.json'} is missing; put the released one there")
     known = sorted(name for module in modules for name in module.ARCHITECTURES)
     near = [close for name in named for close in difflib.get_close_matches(name, known, n=1)]
     hint = f"did you mean {' or '.join(near)}? " if near else ""
@@ -59,10 +61,11 @@ def family_of(folder: str | Path) -> ModuleType:
     )
 
 
-def _architectures(folder: Path) -> list[str]:
+def _architectures(folder: Path) -> list[str] | None:
+    """What config.json names; None where there is none."""
     path = folder / "config.json"
     if not path.is_file():
-        raise ConversionError(f"{path} is missing; put the released one there")
+        return None
     try:
         named = json.loads(path.read_text()).get("architectures") or []
     except (ValueError, AttributeError) as error:

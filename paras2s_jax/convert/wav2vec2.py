@@ -7,13 +7,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 import transformers
 
-from paras2s_jax.convert.rules import (
-    CONV1D,
-    Checkpoint,
-    Rule,
-    dense_rules,
-    norm_rules,
-)
+from paras2s_jax.convert.rules import CONV1D, Rule, dense_rules, norm_rules
+from paras2s_jax.convert.stored import released_names
 from paras2s_jax.models.wav2vec2 import (
     AgeGenderModel,
     Wav2Vec2Config,
@@ -57,7 +52,7 @@ def make_model(folder: str | Path, **types) -> nn.Module:
     """
     folder = Path(folder)
     config = Wav2Vec2Config.from_json(folder / "config.json")
-    keys = set(Checkpoint(folder)) if any(folder.glob("*.safetensors")) else set()
+    keys = released_names(folder)
     if "age.out_proj.weight" in keys:
         config = dataclasses.replace(config, head="age_gender", prefix="wav2vec2.")
     if any(key.endswith(f"pos_conv_embed.conv.{_OLD_WEIGHT_NORM[0]}") for key in keys):

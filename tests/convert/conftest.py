@@ -1,12 +1,17 @@
 """Tiny releases of each family, written by the reference libraries."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+
+from paras2s_jax.convert.checkpoint import write_checkpoint
+
+GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
 
 
 def _moved(model: torch.nn.Module) -> torch.nn.Module:
@@ -61,7 +66,52 @@ def whisper(folder: Path) -> torch.nn.Module:
     return model
 
 
-RELEASES: dict[str, Callable[..., torch.nn.Module]] = {"qwen2": qwen2, "whisper": whisper}
+def wav2vec2(folder: Path) -> torch.nn.Module:
+    """Wav2Vec2ForSequenceClassification with weight norm as released checkpoints spell it."""
+    config = transformers.Wav2Vec2Config(
+        conv_dim=[12, 14],
+        conv_kernel=[10, 3],
+        conv_stride=[5, 2],
+        hidden_size=24,
+        num_attention_heads=3,
+        num_hidden_layers=2,
+        intermediate_size=40,
+        num_conv_pos_embeddings=6,
+        num_conv_pos_embedding_groups=4,
+        classifier_proj_size=18,
+    )
+    model = _moved(transformers.Wav2Vec2ForSequenceClassification(config))
+    model.save_pretrained(folder)
+    names = (("parametrizations.weight.original0", "weight_g"),)
+    names += (("parametrizations.weight.original1", "weight_v"),)
+    tensors = {}
+    for key, value in model.state_dict().items():
+        for new, old in names:
+            key = key.replace(new, old)
+        tensors[key] = value.numpy()
+    write_checkpoint(folder, tensors)
+    return model
+
+
+def _golden(*names: str) -> Callable[[Path], None]:
+    """A stored fixture in the layout of a release."""
+
+    def copy(folder: Path) -> None:
+        source = GOLDENS.joinpath(*names)
+        for file in source.iterdir():
+            if file.suffix in (".safetensors", ".json", ".yaml", ".txt"):
+                shutil.copyfile(file, folder / file.name)
+
+    return copy
+
+
+RELEASES: dict[str, Callable[..., object]] = {
+    "qwen2": qwen2,
+    "whisper": whisper,
+    "wav2vec2": wav2vec2,
+    "emotion2vec": _golden("emotion2vec", "base"),
+    "kimi_audio": _golden("kimi_lm"),
+}
 
 
 @pytest.fixture(scope="session")
