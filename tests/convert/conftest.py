@@ -39,9 +39,8 @@ def qwen2(folder: Path, *, shards: bool = False, **changed) -> torch.nn.Module:
     return model
 
 
-def whisper(folder: Path) -> torch.nn.Module:
-    """WhisperForConditionalGeneration with its feature extractor."""
-    config = transformers.WhisperConfig(
+def _whisper_config() -> transformers.WhisperConfig:
+    return transformers.WhisperConfig(
         vocab_size=61,
         num_mel_bins=8,
         d_model=24,
@@ -53,6 +52,7 @@ def whisper(folder: Path) -> torch.nn.Module:
         decoder_ffn_dim=44,
         max_source_positions=20,
         max_target_positions=18,
+        classifier_proj_size=28,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
@@ -60,9 +60,70 @@ def whisper(folder: Path) -> torch.nn.Module:
         suppress_tokens=[],
         begin_suppress_tokens=[],
     )
-    model = _moved(transformers.WhisperForConditionalGeneration(config))
+
+
+def whisper(folder: Path) -> torch.nn.Module:
+    """WhisperForConditionalGeneration with its feature extractor."""
+    model = _moved(transformers.WhisperForConditionalGeneration(_whisper_config()))
     model.save_pretrained(folder)
     transformers.WhisperFeatureExtractor(feature_size=8).save_pretrained(folder)
+    return model
+
+
+def whisper_classifier(folder: Path) -> torch.nn.Module:
+    """WhisperForAudioClassification."""
+    model = _moved(transformers.WhisperForAudioClassification(_whisper_config()))
+    model.save_pretrained(folder)
+    return model
+
+
+AUDIO = {
+    "d_model": 24,
+    "encoder_layers": 2,
+    "encoder_attention_heads": 3,
+    "encoder_ffn_dim": 40,
+    "num_mel_bins": 10,
+    "max_source_positions": 20,
+}
+TEXT = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 44,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def qwen2_audio(folder: Path) -> torch.nn.Module:
+    """Qwen2AudioForConditionalGeneration."""
+    config = transformers.Qwen2AudioConfig(
+        audio_config=AUDIO, text_config=TEXT, audio_token_index=60
+    )
+    model = _moved(transformers.Qwen2AudioForConditionalGeneration(config))
+    model.save_pretrained(folder)
+    return model
+
+
+def qwen2_5_omni(folder: Path) -> torch.nn.Module:
+    """Qwen2_5OmniThinkerForConditionalGeneration."""
+    rope = {"rope_type": "default", "rope_theta": 700.0, "mrope_section": [1, 2, 1]}
+    vision = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 12,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+        "fullatt_block_indexes": [0],
+    }
+    config = transformers.models.qwen2_5_omni.Qwen2_5OmniThinkerConfig(
+        audio_config={**AUDIO, "n_window": 5, "output_dim": 32},
+        text_config={**TEXT, "rope_parameters": rope},
+        vision_config=vision,
+        audio_token_index=60,
+    )
+    model = _moved(transformers.Qwen2_5OmniThinkerForConditionalGeneration(config))
+    model.save_pretrained(folder)
     return model
 
 
@@ -107,7 +168,11 @@ def _golden(*names: str) -> Callable[[Path], None]:
 
 RELEASES: dict[str, Callable[..., object]] = {
     "qwen2": qwen2,
+    "qwen2_audio": qwen2_audio,
+    "qwen2_5_omni": qwen2_5_omni,
+    "speech_tokenizer": _golden("glm4_voice_tokenizer"),
     "whisper": whisper,
+    "whisper_classifier": whisper_classifier,
     "wav2vec2": wav2vec2,
     "emotion2vec": _golden("emotion2vec", "base"),
     "kimi_audio": _golden("kimi_lm"),
