@@ -17,7 +17,11 @@ _RANGE = 8.0
 
 
 def whisper_log_mel(
-    waves: jax.Array, lens: jax.Array | None = None, n_mels: int = 80
+    waves: jax.Array,
+    lens: jax.Array | None = None,
+    n_mels: int = 80,
+    *,
+    mirror_ends: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Whisper's log-mel spectrogram: 25 ms windows every 10 ms, 16 kHz.
 
@@ -26,16 +30,18 @@ def whisper_log_mel(
 
     With `lens`, a row does not depend on its padding: samples past the length count as zeros, the
     loudest frame is sought among the real ones, the others are set to 0; and A = ceil(L / 160), so
-    that a last, partly filled hop is kept.
+    that a last, partly filled hop is kept. With `mirror_ends` the real frames are those that the
+    extractor gives the row alone, cut to its length: it is reflected where it ends.
 
     Args:
       waves: float32[B, L] at 16 kHz.
       lens: int32[B] in samples, or None.
       n_mels: 80, or 128 for Whisper large-v3.
+      mirror_ends: see above; needs `lens`, of more than 200 samples.
 
     Returns:
       mel: float32[B, A, M].
-      len_frames: int32[B], ceil(lens / 160).
+      len_frames: int32[B], ceil(lens / 160), or lens // 160 with `mirror_ends`.
     """
     if lens is None:
         if waves.shape[1] <= N_FFT // 2:
@@ -45,8 +51,9 @@ def whisper_log_mel(
         len_frames = jnp.full(waves.shape[0], num_frames, jnp.int32)
     else:
         num_frames = math.ceil(waves.shape[1] / HOP)
-        len_frames = (-(-lens // HOP)).astype(jnp.int32)
+        len_frames = (lens // HOP if mirror_ends else -(-lens // HOP)).astype(jnp.int32)
         padded = _mask_and_pad(waves, lens, num_frames)
+        padded = _mirror(padded, lens) if mirror_ends else padded
     power = power_spectrogram(padded, n_fft=N_FFT, hop=HOP)[:, :num_frames]
     filters = jnp.asarray(mel_filters(RATE_HZ, N_FFT, n_mels))
     mel = jnp.einsum("BAF,FM->BAM", power, filters, precision=jax.lax.Precision.HIGHEST)
@@ -68,6 +75,15 @@ def _mask_and_pad(waves: jax.Array, lens: jax.Array, num_frames: int) -> jax.Arr
     waves = jnp.pad(waves, ((0, 0), (0, size - waves.shape[1])))
     waves = jnp.pad(waves, ((0, 0), (N_FFT // 2, 0)), mode="reflect")
     return jnp.pad(waves, ((0, 0), (0, N_FFT // 2)))
+
+
+def _mirror(padded: jax.Array, lens: jax.Array) -> jax.Array:
+    """Reflects the end of each row of `_mask_and_pad` in the zeros behind it."""
+    edge = N_FFT // 2
+    at = jnp.arange(edge)
+    last = lens[:, None] + edge - 1
+    mirrored = jnp.take_along_axis(padded, last - 1 - at, axis=1)
+    return padded.at[jnp.arange(len(lens))[:, None], last + 1 + at].set(mirrored)
 
 
 def power_spectrogram(

@@ -169,4 +169,4 @@ def _logits(model: nn.Module, variables: Mapping, waves: jax.Array, lens: jax.Ar
     """float32[B, labels]."""
     mel, len_frames = whisper_log_mel(waves, lens, model.config.num_mel_bins)
     mask = jnp.arange(mel.shape[1]) < len_frames[:, None]
-    return model.apply(variables, mel, mask)[0]
+    return model.apply(variables, mel, mask, method="classify")[0]

@@ -36,10 +36,10 @@ class Recipe:
     log_every: int = 20
 
 
-def init_variables(model: nn.Module, config: WhisperConfig, seed: int, *args: Any) -> dict:
-    """Fresh, unboxed variables of a model whose first argument is a mel spectrogram."""
-    mel = jnp.zeros((1, 16, config.num_mel_bins))
-    return nn.unbox(jax.jit(model.init)(jax.random.key(seed), mel, *args))
+def init_variables(model: nn.Module, config: WhisperConfig, seed: int, **inputs: Any) -> dict:
+    """Fresh, unboxed variables of a model whose first argument is `input_features` [B, M, A]."""
+    features = jnp.zeros((1, config.num_mel_bins, 16))
+    return nn.unbox(jax.jit(model.init)(jax.random.key(seed), features, **inputs))
 
 
 def recipe_optimizer(recipe: Recipe) -> optax.GradientTransformation:

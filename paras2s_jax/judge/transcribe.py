@@ -25,7 +25,8 @@ from paras2s_jax.judge.recipe import (
     init_variables,
     recipe_optimizer,
 )
-from paras2s_jax.models.whisper import WhisperASR, transcribe_greedy
+from paras2s_jax.models.whisper import WhisperASR
+from paras2s_jax.models.whisper_decode import transcribe_greedy
 from paras2s_jax.models.whisper_layers import WhisperConfig
 from paras2s_jax.train.checkpoint import Checkpointer, CheckpointError, load_part, save_part
 from paras2s_jax.train.loop import fit
@@ -227,7 +228,9 @@ def train(
         repeat=True,
     )
     model = WhisperASR(config)
-    variables = init_variables(model, config, recipe.seed, jnp.zeros((1, 4), jnp.int32))
+    variables = init_variables(
+        model, config, recipe.seed, decoder_input_ids=jnp.zeros((1, 4), jnp.int32)
+    )
     # The encoder's own guess at the tokens; sot_id is CTC's blank.
     variables["ctc"] = {"kernel": jnp.zeros((config.d_model, tokenizer.vocab_size + 1))}
     variables["voiceprint"] = init_voiceprint(config)
@@ -323,7 +326,7 @@ def _loss(
     at = jnp.arange(inputs.shape[1])
     targets = jnp.where(at < id_lens[:, None], jnp.pad(ids, ((0, 0), (0, 1))), eos_id)
     real = (at <= id_lens[:, None]).astype(jnp.float32)
-    logits, out = model.apply({"params": variables["params"]}, mel, inputs, mask)
+    logits, out = model.apply({"params": variables["params"]}, mel, inputs, mask, method="predict")
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     hits = (jnp.argmax(logits, axis=-1) == targets) * real
     ctc_logits = out["encoded"] @ variables["ctc"]["kernel"]

@@ -4,12 +4,9 @@ Names and arithmetic follow transformers' modeling_whisper.py. Without a mask al
 attended to, as there; with one, a row does not depend on its padding.
 """
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from paras2s_jax.audio.mel import HOP, RATE_HZ, whisper_log_mel
 from paras2s_jax.models import axes
@@ -19,8 +16,9 @@ from paras2s_jax.models.whisper_layers import (
     DecoderLayer,
     EncoderLayer,
     WhisperConfig,
+    mel_conv,
     scan_layers,
-    sinusoids,
+    sinusoid_init,
 )
 
 PIECE_SAMPLES = 30 * RATE_HZ  # What the released Whisper encoders always hear.
@@ -44,21 +42,6 @@ class WhisperEncoder(nn.Module):
     pool: int = 1
     mask_inputs: bool = True
 
-    def _conv(self, name: str, stride: int) -> nn.Conv:
-        init = nn.with_logical_partitioning(KERNEL_INIT, (None, axes.FEATURES, axes.EMBED))
-        bias = nn.with_logical_partitioning(nn.initializers.zeros, (axes.EMBED,))
-        return nn.Conv(
-            self.config.d_model,
-            kernel_size=(3,),
-            strides=stride,
-            padding=1,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            kernel_init=init,
-            bias_init=bias,
-            name=name,
-        )
-
     @nn.compact
     def __call__(self, mel: jax.Array, mask: jax.Array | None = None, emit: tuple[str, ...] = ()):
         """Encodes mel: float[B, A, M] with mask: bool[B, A] or None (all frames real).
@@ -75,13 +58,15 @@ class WhisperEncoder(nn.Module):
             raise ValueError(f"{mel.shape[1]} mel frames exceed the encoder's {limit}: cut them")
         hide = (lambda x, m: jnp.where(m[..., None], x, 0)) if self.mask_inputs else _keep
         hide = _keep if mask is None else hide
-        x = nn.gelu(self._conv("conv1", 1)(hide(mel, mask)), approximate=False)
-        x = nn.gelu(self._conv("conv2", 2)(hide(x, mask)), approximate=False)
+        conv1 = mel_conv(c.d_model, 1, (1, 1), *types, "conv1")
+        conv2 = mel_conv(c.d_model, 2, (1, 1), *types, "conv2")
+        x = nn.gelu(conv1(hide(mel, mask)), approximate=False)
+        x = nn.gelu(conv2(hide(x, mask)), approximate=False)
         # A step is real if its central mel frame is.
         mask = None if mask is None else mask[:, ::2]
         table = self.param(
             "embed_positions",
-            nn.with_logical_partitioning(_sinusoid_init, (None, axes.EMBED)),
+            nn.with_logical_partitioning(sinusoid_init, (None, axes.EMBED)),
             (c.max_source_positions, c.d_model),
             self.param_dtype,
         )
@@ -104,8 +89,9 @@ def _keep(x, _mask):
     return x
 
 
-def _sinusoid_init(_key, shape, dtype):
-    return jnp.asarray(sinusoids(*shape), dtype)
+def as_mask(mask: jax.Array | None) -> jax.Array | None:
+    """An attention mask of any type as bool, True = real."""
+    return None if mask is None else jnp.asarray(mask).astype(bool)
 
 
 class WhisperDecoder(nn.Module):
@@ -185,7 +171,29 @@ class WhisperASR(nn.Module):
         self.encoder = WhisperEncoder(self.config, self.lora, *fields)
         self.decoder = WhisperDecoder(self.config, self.lora, *fields)
 
-    def __call__(self, mel, tokens, mel_mask=None, token_mask=None):
+    def __call__(
+        self,
+        input_features: jax.Array,
+        attention_mask: jax.Array | None = None,
+        decoder_input_ids: jax.Array | None = None,
+        decoder_attention_mask: jax.Array | None = None,
+    ):
+        """As `predict`, with the names and layouts of WhisperForConditionalGeneration.
+
+        input_features: float[B, M, A]; attention_mask: [B, A], mel frames, int or bool. The
+        reference ignores it and hears padding as it is: leave it out to get its numbers.
+        decoder_input_ids: int32[B, T]; decoder_attention_mask: [B, T], int or bool.
+        """
+        if decoder_input_ids is None:
+            raise ValueError("decoder_input_ids are needed: at least the start of transcript")
+        return self.predict(
+            jnp.swapaxes(input_features, 1, 2),
+            decoder_input_ids,
+            as_mask(attention_mask),
+            as_mask(decoder_attention_mask),
+        )
+
+    def predict(self, mel, tokens, mel_mask=None, token_mask=None):
         """Teacher-forced logits of the next token.
 
         mel: float[B, A, M]; tokens: int32[B, T]; mel_mask: bool[B, A]; token_mask: bool[B, T].
@@ -205,119 +213,6 @@ class WhisperASR(nn.Module):
         return self.decoder(tokens, encoded, encoded_mask, **cached)
 
 
-class Transcript(struct.PyTreeNode):
-    """What `transcribe_greedy` heard.
-
-    tokens: int32[B, R], without prompt and end token, 0 past lens: int32[B].
-    mean_logp: float32[B], of the chosen tokens, the end token included: near 0 for speech like
-    that of training, far below for noise or garbage.
-    finished: bool[B], whether the end token came before the limit.
-    """
-
-    tokens: jax.Array
-    lens: jax.Array
-    mean_logp: jax.Array
-    finished: jax.Array
-
-
-@functools.partial(
-    jax.jit,
-    static_argnames=("model", "prompt", "eos_id", "max_tokens", "suppress", "suppress_first"),
-)
-def transcribe_greedy(
-    model: WhisperASR,
-    variables: dict,
-    mel: jax.Array,
-    mel_mask: jax.Array | None = None,
-    *,
-    prompt: tuple[int, ...],
-    eos_id: int,
-    max_tokens: int,
-    suppress: tuple[int, ...] = (),
-    suppress_first: tuple[int, ...] = (),
-) -> Transcript:
-    """Most likely token by token, all rows at once; stops when every row has ended.
-
-    Args:
-      model: must have max_target_positions >= len(prompt) + max_tokens.
-      variables: of the model.
-      mel: float[B, A, M].
-      mel_mask: bool[B, A] or None.
-      prompt: ids that start every row (start of transcript, language, task, no timestamps).
-      eos_id: ends a row.
-      max_tokens: at most this many tokens follow the prompt, the end token included.
-      suppress: ids that are never chosen.
-      suppress_first: ids that cannot come first (transformers: begin_suppress_tokens).
-    """
-    if len(prompt) + max_tokens > model.config.max_target_positions:
-        raise ValueError(
-            f"prompt ({len(prompt)}) + max_tokens ({max_tokens}) exceed the decoder's "
-            f"max_target_positions ({model.config.max_target_positions})"
-        )
-    rows, start = mel.shape[0], len(prompt)
-    never = jnp.zeros(model.config.vocab_size).at[jnp.array(suppress, int)].set(-jnp.inf)
-    first = never.at[jnp.array(suppress_first, int)].set(-jnp.inf)
-
-    def run(method, *args, **kwargs):
-        return model.apply(variables, *args, method=method, **kwargs)
-
-    encoded, encoded_mask = run("encode", mel, mel_mask)
-    prompts = jnp.broadcast_to(jnp.array(prompt, jnp.int32), (rows, start))
-    logits, out = run("decode", prompts, encoded, encoded_mask, emit=True)
-    room = ((0, 0), (0, 0), (0, max_tokens), (0, 0), (0, 0))
-    cache = jax.tree.map(lambda x: jnp.pad(x, room), out["kv"])
-
-    def choose(logits, bias):
-        token = jnp.argmax(logits + bias, axis=-1).astype(jnp.int32)
-        logp = jax.nn.log_softmax(logits)
-        return token, jnp.take_along_axis(logp, token[:, None], axis=-1)[:, 0]
-
-    def more(carry):
-        step, _, _, state, _ = carry
-        return (step < max_tokens) & ~jnp.all(state.finished)
-
-    def extend(carry):
-        step, token, logp, state, cache = carry
-        state = _append(state, step, token, logp, eos_id)
-        logits, new = run(
-            "decode",
-            token[:, None],
-            encoded_mask=encoded_mask,
-            cache=cache,
-            cache_index=start + step,
-            cross_kv=out["cross_kv"],
-            emit=True,
-        )
-        at = (0, 0, start + step, 0, 0)
-        cache = jax.tree.map(
-            lambda old, kv: jax.lax.dynamic_update_slice(old, kv, at), cache, new["kv"]
-        )
-        return step + 1, *choose(logits[:, -1], never), state, cache
-
-    state = Transcript(
-        tokens=jnp.zeros((rows, max_tokens), jnp.int32),
-        lens=jnp.zeros(rows, jnp.int32),
-        mean_logp=jnp.zeros(rows, jnp.float32),
-        finished=jnp.zeros(rows, bool),
-    )
-    carry = (jnp.int32(0), *choose(logits[:, -1], first), state, cache)
-    state = jax.lax.while_loop(more, extend, carry)[3]
-    return state.replace(mean_logp=state.mean_logp / jnp.maximum(state.lens + state.finished, 1))
-
-
-def _append(state: Transcript, step, token, logp, eos_id: int) -> Transcript:
-    """Takes over the token of every unfinished row; mean_logp holds the sum meanwhile."""
-    is_open = ~state.finished
-    ends = is_open & (token == eos_id)
-    written = jnp.where(is_open & ~ends, token, 0)
-    return Transcript(
-        tokens=jax.lax.dynamic_update_slice(state.tokens, written[:, None], (0, step)),
-        lens=state.lens + (is_open & ~ends),
-        mean_logp=state.mean_logp + jnp.where(is_open, logp, 0.0),
-        finished=state.finished | ends,
-    )
-
-
 class WhisperForAudioClassification(nn.Module):
     """Encoder, projector, mean over time, classifier (the transformers class of this name)."""
 
@@ -329,8 +224,15 @@ class WhisperForAudioClassification(nn.Module):
     scan_unroll: int = 1
     remat: str = "none"
 
+    def __call__(self, input_features: jax.Array, attention_mask: jax.Array | None = None):
+        """As `classify`, with the layout of transformers: input_features float[B, M, A].
+
+        attention_mask: [B, A], int or bool; the reference has none and hears the padding.
+        """
+        return self.classify(jnp.swapaxes(input_features, 1, 2), as_mask(attention_mask))
+
     @nn.compact
-    def __call__(self, mel: jax.Array, mask: jax.Array | None = None):
+    def classify(self, mel: jax.Array, mask: jax.Array | None = None):
         """mel: float[B, A, M]; mask: bool[B, A] or None.
 
         Returns: (logits float32[B, num_labels], out) with out["pooled"] float[B, projection].
@@ -350,14 +252,14 @@ class WhisperForAudioClassification(nn.Module):
         weights = jnp.ones(x.shape[:2]) if out["mask"] is None else out["mask"]
         weights = weights / jnp.maximum(jnp.sum(weights, axis=1, keepdims=True), 1)
         pooled = jnp.einsum("BTD,BT->BD", project(x), weights.astype(x.dtype))
-        classify = Dense(
+        head = Dense(
             self.num_labels,
             kernel_axes=(None, None),
             dtype=jnp.float32,
             param_dtype=self.param_dtype,
             name="classifier",
         )
-        return classify(pooled), {"pooled": pooled}
+        return head(pooled), {"pooled": pooled}
 
 
 def kimi_features(encoded: jax.Array, len_frames: jax.Array) -> tuple[jax.Array, jax.Array]:

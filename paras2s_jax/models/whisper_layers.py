@@ -10,9 +10,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from paras2s_jax.models import axes
-from paras2s_jax.models.layers import Dense, LayerNorm, Segment, attend, attend_segments
+from paras2s_jax.models.layers import (
+    KERNEL_INIT,
+    Dense,
+    LayerNorm,
+    Segment,
+    attend,
+    attend_segments,
+)
 from paras2s_jax.models.lora import NO_LORA, LoRA
 from paras2s_jax.models.qwen2 import REMAT_POLICIES
+
+# Settings of a config.json that no released Whisper changes.
+_ONLY = {
+    "activation_function": "gelu",
+    "scale_embedding": False,
+    "use_weighted_layer_sum": False,
+}
 
 
 @dataclass(frozen=True)
@@ -34,13 +48,19 @@ class WhisperConfig:
 
     @classmethod
     def from_json(cls, path: str | Path) -> "WhisperConfig":
-        """Reads config.json (also one that nests these keys under "encoder")."""
+        """Reads config.json (also one that nests these keys under "encoder").
+
+        Raises ValueError, naming the key, where it asks for what is not implemented.
+        """
         values: Mapping = json.loads(Path(path).read_text())
         values = values.get("encoder", values)
         names = [field.name for field in fields(cls)]
         missing = [name for name in names[:4] if name not in values]
         if missing:
             raise ValueError(f"{path}: keys missing from the config: {', '.join(missing)}")
+        for key, only in _ONLY.items():
+            if values.get(key, only) != only:
+                raise ValueError(f"{path}: {key} {values[key]!r} is not supported, only {only!r}")
         return cls(**{name: values[name] for name in names if name in values})
 
 
@@ -49,6 +69,28 @@ def sinusoids(length: int, width: int) -> np.ndarray:
     step = np.log(10_000.0) / (width // 2 - 1)
     angles = np.arange(length)[:, None] * np.exp(-step * np.arange(width // 2))
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
+
+
+def sinusoid_init(_key, shape, dtype):
+    """Initialises a position table with `sinusoids`."""
+    return jnp.asarray(sinusoids(*shape), dtype)
+
+
+def mel_conv(
+    width: int, stride: int, padding: tuple[int, int], dtype, param_dtype, name: str
+) -> nn.Conv:
+    """Convolution over time with three taps; padding: zeros before and after."""
+    return nn.Conv(
+        width,
+        kernel_size=(3,),
+        strides=stride,
+        padding=(padding,),
+        dtype=dtype,
+        param_dtype=param_dtype,
+        kernel_init=nn.with_logical_partitioning(KERNEL_INIT, (None, axes.FEATURES, axes.EMBED)),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, (axes.EMBED,)),
+        name=name,
+    )
 
 
 class Attention(nn.Module):
@@ -142,12 +184,12 @@ class EncoderLayer(nn.Module):
     emit: bool = False
 
     @nn.compact
-    def __call__(self, x, key_mask):
-        """x: float[B, T, D]; key_mask: bool[B, 1, T] or None."""
+    def __call__(self, x, mask):
+        """x: float[B, T, D]; mask: bool[B or 1, T or 1, T], what each query sees, or None."""
         c, types = self.config, (self.dtype, self.param_dtype)
         y = LayerNorm(1e-5, *types, name="self_attn_layer_norm")(x)
         attention = Attention(c.encoder_attention_heads, self.lora, *types, name="self_attn")
-        x = x + attention(y, y, mask=key_mask)[0]
+        x = x + attention(y, y, mask=mask)[0]
         y = LayerNorm(1e-5, *types, name="final_layer_norm")(x)
         x = x + FeedForward(c.encoder_ffn_dim, self.lora, *types, name="mlp")(y)
         x = nn.with_logical_constraint(x, (axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_EMBED))

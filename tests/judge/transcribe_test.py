@@ -101,7 +101,9 @@ def test_loss_by_hand(tiny_whisper):
     """With all-zero weights, every one of the V = 10 tokens has probability 1 / 10."""
     config = dataclasses.replace(tiny_whisper, vocab_size=10)
     model = transcribe.WhisperASR(config)
-    variables = transcribe.init_variables(model, config, 0, jnp.zeros((1, 4), jnp.int32))
+    variables = transcribe.init_variables(
+        model, config, 0, decoder_input_ids=jnp.zeros((1, 4), jnp.int32)
+    )
     variables["ctc"] = {"kernel": jnp.zeros((config.d_model, 9))}
     variables["voiceprint"] = transcribe.init_voiceprint(config)
     variables = jax.tree.map(jnp.zeros_like, variables)

@@ -9,58 +9,20 @@ import pytest
 import torch
 import transformers
 
+from paras2s_jax.audio import mel as mel_lib
+from paras2s_jax.audio import wave as wave_lib
 from paras2s_jax.audio.mel import whisper_log_mel
 from paras2s_jax.convert import whisper as table
-from paras2s_jax.convert.rules import Checkpoint, import_params
+from paras2s_jax.convert.rules import Checkpoint
 from paras2s_jax.models import whisper
 from paras2s_jax.models.lora import LoRA
+from tests.models.whisper_pairs import CONFIG, CONFIGS, build, convert, convert_asr
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "whisper_frontend"
 
-# Distinct sizes, so that a wrong transpose fails. 40 mel frames at most.
-CONFIG = whisper.WhisperConfig(
-    d_model=24,
-    encoder_layers=2,
-    encoder_attention_heads=3,
-    encoder_ffn_dim=40,
-    num_mel_bins=10,
-    max_source_positions=20,
-    vocab_size=50,
-    decoder_layers=3,
-    decoder_attention_heads=4,
-    decoder_ffn_dim=36,
-    max_target_positions=16,
-    classifier_proj_size=18,
-)
 
-
-def hf_config(**kwargs):
-    names = whisper.WhisperConfig.__dataclass_fields__
-    values = {name: getattr(CONFIG, name) for name in names}
-    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "decoder_start_token_id": 2}
-    return transformers.WhisperConfig(
-        **values, **ids, begin_suppress_tokens=None, suppress_tokens=None, **kwargs
-    )
-
-
-def build(hf_class, **kwargs):
-    """A transformers model with weights far from their start (its tensors, the model)."""
-    torch.manual_seed(0)
-    model = hf_class(hf_config(**kwargs)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model, {key: value.numpy() for key, value in model.state_dict().items()}
-
-
-def unboxed_shapes(model, *args):
-    boxed = jax.eval_shape(model.init, jax.random.key(0), *args)
-    return whisper.nn.meta.unbox(boxed)["params"]
-
-
-def convert(model, rules, tensors, *args, ignore=()):
-    shapes = unboxed_shapes(model, *args)
-    return {"params": import_params(tensors, rules, shapes, ignore=ignore)}
+def rms(x) -> float:
+    return float(np.sqrt(np.mean(np.square(np.asarray(x, np.float64)))))
 
 
 @pytest.fixture(scope="module")
@@ -69,34 +31,45 @@ def mel():
 
 
 @pytest.fixture(scope="module")
-def asr(mel):
-    hf, tensors = build(transformers.WhisperForConditionalGeneration)
-    model = whisper.WhisperASR(CONFIG)
-    tokens = np.zeros((2, 3), np.int32)
-    rules = table.asr_rules(CONFIG)
-    return hf, model, convert(model, rules, tensors, mel, tokens, ignore=[table.TIED_HEAD])
+def asr():
+    hf, tensors = build(transformers.WhisperForConditionalGeneration, CONFIG)
+    return hf, *convert_asr(CONFIG, tensors)
 
 
-def test_asr_equals_transformers(asr, mel):
-    hf, model, variables = asr
-    tokens = np.random.default_rng(1).integers(0, 50, (2, 7))
+@pytest.mark.parametrize("config", CONFIGS)
+def test_asr_equals_transformers(config):
+    hf, tensors = build(transformers.WhisperForConditionalGeneration, config, seed=3)
+    model, variables = convert_asr(config, tensors)
+    rng = np.random.default_rng(1)
+    features = rng.normal(size=(3, config.num_mel_bins, 2 * config.max_source_positions))
+    inputs = {
+        "input_features": features.astype(np.float32),
+        "decoder_input_ids": rng.integers(0, 50, (3, 7)),
+        "decoder_attention_mask": (np.arange(7) < np.array([[7], [4], [5]])).astype(np.int32),
+    }
     with torch.no_grad():
-        expected = hf(
-            input_features=torch.tensor(mel).transpose(1, 2), decoder_input_ids=torch.tensor(tokens)
-        )
-    logits, out = model.apply(variables, mel, tokens)
-    assert logits.shape == (2, 7, 50)
+        expected = hf(**{key: torch.tensor(value) for key, value in inputs.items()})
+    logits, out = jax.jit(model.apply)(variables, **inputs)
+    assert logits.shape == (3, 7, 50) and logits.dtype == jnp.float32
+    real = inputs["decoder_attention_mask"].astype(bool)
     np.testing.assert_allclose(out["encoded"], expected.encoder_last_hidden_state, atol=1e-4)
-    np.testing.assert_allclose(logits, expected.logits, atol=1e-4)
+    np.testing.assert_allclose(logits[real], expected.logits.numpy()[real], atol=1e-4)
+    # Compute in bfloat16, norms, softmax and parameters in float32.
+    rough, _ = jax.jit(model.clone(dtype=jnp.bfloat16).apply)(variables, **inputs)
+    assert rms((rough - logits)[real]) < 2e-2 * rms(logits[real])
 
 
-def test_classifier_equals_transformers(mel):
-    hf, tensors = build(transformers.WhisperForAudioClassification, num_labels=5)
-    model = whisper.WhisperForAudioClassification(CONFIG, num_labels=5)
-    variables = convert(model, table.classification_rules(CONFIG), tensors, mel)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_classifier_equals_transformers(config):
+    hf, tensors = build(transformers.WhisperForAudioClassification, config, num_labels=5)
+    model = whisper.WhisperForAudioClassification(config, num_labels=5)
+    shape = (2, config.num_mel_bins, 2 * config.max_source_positions)
+    features = np.random.default_rng(2).normal(size=shape).astype(np.float32)
+    variables = convert(model, table.classification_rules(config), tensors, features)
     with torch.no_grad():
-        expected = hf(input_features=torch.tensor(mel).transpose(1, 2)).logits
-    np.testing.assert_allclose(model.apply(variables, mel)[0], expected, atol=1e-4)
+        expected = hf(input_features=torch.tensor(features)).logits
+    logits, _ = jax.jit(model.apply)(variables, input_features=features)
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
 
 
 def pad_rows(mel, len_frames, num_frames, fill):
@@ -110,10 +83,10 @@ def pad_rows(mel, len_frames, num_frames, fill):
 @pytest.mark.parametrize("pool", [1, 2])
 def test_padded_encoder_equals_unpadded(asr, mel, pool):
     variables = {"params": asr[2]["params"]["encoder"]}
-    encoder = whisper.WhisperEncoder(CONFIG, pool=pool)
+    encode = jax.jit(whisper.WhisperEncoder(CONFIG, pool=pool).apply)
     padded, mask = pad_rows(mel, (40, 21), 40, fill=7.0)
-    x, out = encoder.apply(variables, padded, mask)
-    alone, _ = encoder.apply(variables, mel[1:, :21])
+    x, out = encode(variables, padded, mask)
+    alone, _ = encode(variables, mel[1:, :21])
     # 21 mel frames -> 11 steps; pooled by two, the odd one is dropped -> 5.
     size = 11 // pool
     assert alone.shape[1] == size and out["mask"].sum(1).tolist() == [20 // pool, size]
@@ -126,14 +99,17 @@ def test_padded_asr_and_classifier_equal_unpadded(asr, mel):
     padded, mask = pad_rows(mel, (40, 21), 40, fill=-3.0)
     tokens = np.random.default_rng(1).integers(0, 50, (2, 7))
     token_mask = np.arange(7) < np.array([[7], [4]])
-    logits, _ = model.apply(variables, padded, tokens, mask, token_mask)
-    alone, _ = model.apply(variables, mel[1:, :21], tokens[1:, :4])
+    predict = jax.jit(lambda *args: model.apply(*args, method="predict"))
+    logits, _ = predict(variables, padded, tokens, mask, token_mask)
+    alone, _ = predict(variables, mel[1:, :21], tokens[1:, :4])
     np.testing.assert_allclose(logits[1, :4], alone[0], atol=1e-5)
 
     classifier = whisper.WhisperForAudioClassification(CONFIG, num_labels=3)
-    variables = classifier.init(jax.random.key(1), mel)
-    alone, _ = classifier.apply(variables, mel[1:, :21])
-    np.testing.assert_allclose(classifier.apply(variables, padded, mask)[0][1], alone[0], atol=1e-5)
+    variables = jax.jit(classifier.init)(jax.random.key(1), mel.swapaxes(1, 2))
+    classify = jax.jit(classifier.apply)
+    alone, _ = classify(variables, mel[1:, :21].swapaxes(1, 2))
+    together, _ = classify(variables, padded.swapaxes(1, 2), mask.astype(np.int32))
+    np.testing.assert_allclose(together[1], alone[0], atol=1e-5)
 
 
 def test_too_many_frames_are_refused(asr):
@@ -142,68 +118,20 @@ def test_too_many_frames_are_refused(asr):
         whisper.WhisperEncoder(CONFIG).apply({"params": asr[2]["params"]["encoder"]}, mel)
 
 
-@pytest.fixture(scope="module")
-def greedy(asr):
-    """A recogniser that says many tokens, and different ones for different rows."""
-    _, model, variables = asr
-    rng = np.random.default_rng(5)
-    params = jax.tree.map(lambda x: x, variables["params"])
-    decoder = params["decoder"]
-    decoder["embed_tokens"]["embedding"] = 0.3 * rng.normal(size=(50, 24)).astype(np.float32)
-    decoder["embed_positions"] = 4 * rng.normal(size=(16, 24)).astype(np.float32)
-    cross = decoder["layers"]["encoder_attn"]["out_proj"]
-    cross["kernel"] = 3 * cross["kernel"]
-    return model, {"params": params}
-
-
-def test_cached_greedy_decoding_equals_full_forward(greedy, mel):
-    model, variables = greedy
-    padded, mask = pad_rows(mel, (40, 21), 40, fill=5.0)
-    options = {"prompt": (2, 9), "max_tokens": 6, "suppress_first": (4,)}
-    said = whisper.transcribe_greedy(model, variables, padded, mask, eos_id=-1, **options)
-    assert said.lens.tolist() == [6, 6] and not np.any(said.finished)
-    assert len(np.unique(said.tokens)) > 4 and said.tokens[0].tolist() != said.tokens[1].tolist()
-    # Teacher forcing the same tokens: each must be the most likely one at its place.
-    tokens = np.concatenate([np.tile([2, 9], (2, 1)), said.tokens], axis=1)
-    logits = model.apply(variables, padded, tokens, mask)[0][:, 1:-1]
-    logp = jax.nn.log_softmax(logits)
-    np.testing.assert_array_equal(logits.at[:, 0, 4].set(-jnp.inf).argmax(-1), said.tokens)
-    chosen = np.take_along_axis(np.asarray(logp), np.asarray(said.tokens)[..., None], -1)[..., 0]
-    np.testing.assert_allclose(said.mean_logp, chosen.mean(1), atol=1e-5)
-
-    # With the first row's third token as the end, it says two; the mean counts three.
-    eos_id = int(said.tokens[0, 2])
-    assert eos_id not in np.asarray(said.tokens[0, :2])
-    ended = whisper.transcribe_greedy(model, variables, padded, mask, eos_id=eos_id, **options)
-    assert ended.tokens[0].tolist() == [*said.tokens[0, :2].tolist(), 0, 0, 0, 0]
-    assert int(ended.lens[0]) == 2 and bool(ended.finished[0])
-    np.testing.assert_allclose(ended.mean_logp[0], chosen[0, :3].mean(), atol=1e-5)
-
-
-def test_suppressed_tokens_are_never_chosen(greedy, mel):
-    model, variables = greedy
-    options = {"prompt": (2,), "eos_id": 49, "max_tokens": 3}
-    free = whisper.transcribe_greedy(model, variables, mel, **options)
-    first = int(free.tokens[0, 0])
-    held = whisper.transcribe_greedy(model, variables, mel, suppress=(first,), **options)
-    assert held.lens[0] > 0 and first not in np.asarray(held.tokens)
-    with pytest.raises(ValueError, match="max_target_positions"):
-        whisper.transcribe_greedy(model, variables, mel, prompt=(2,), eos_id=1, max_tokens=16)
-
-
 def test_lora_starts_without_effect_remat_and_unroll_change_nothing(asr, mel):
     variables = {"params": asr[2]["params"]["encoder"]}
-    plain, _ = whisper.WhisperEncoder(CONFIG).apply(variables, mel)
+    plain, _ = jax.jit(whisper.WhisperEncoder(CONFIG).apply)(variables, mel)
     lora = LoRA(rank=2, targets=("v_proj", "fc1"))
     adapted = whisper.WhisperEncoder(CONFIG, lora, remat="full", scan_unroll=2)
-    boxed = adapted.init(jax.random.key(0), mel)
+    boxed = jax.jit(adapted.init)(jax.random.key(0), mel)
     lora = whisper.nn.meta.unbox(boxed)["lora"]
     # Layers are stacked: [layers, in, rank].
     assert lora["layers"]["self_attn"]["v_proj"]["a"].shape == (2, 24, 2)
-    x, _ = adapted.apply({**variables, "lora": lora}, mel)
+    run = jax.jit(adapted.apply)
+    x, _ = run({**variables, "lora": lora}, mel)
     np.testing.assert_allclose(x, plain, atol=1e-6)
     lora["layers"]["mlp"]["fc1"]["b"] += 0.1
-    assert np.abs(adapted.apply({**variables, "lora": lora}, mel)[0] - plain).max() > 1e-3
+    assert np.abs(run({**variables, "lora": lora}, mel)[0] - plain).max() > 1e-3
 
 
 def test_kimi_features_side_by_side():
@@ -225,52 +153,106 @@ def fixture():
     return encoder, variables, np.load(GOLDENS / "io.npz")
 
 
+@pytest.fixture(scope="module")
+def features_of(fixture):
+    encoder, variables, _ = fixture
+    run = jax.jit(lambda waves, lens: whisper.kimi_speech_features(encoder, variables, waves, lens))
+
+    def features(waves, lens):
+        return run(np.asarray(waves, np.float32), np.asarray(lens, np.int32))
+
+    return features
+
+
+def test_filters_and_window_equal_kimi_audio_reference(fixture):
+    io = fixture[2]
+    np.testing.assert_allclose(
+        mel_lib.mel_filters(16_000, 400, 128), io["mel_filters"].T, atol=1e-7
+    )
+    np.testing.assert_allclose(mel_lib.hann(400), io["hann_window"].ravel(), atol=1e-6)
+
+
 @pytest.mark.parametrize("clip", ["exact", "ragged"])
 def test_encoder_equals_kimi_audio_reference(fixture, clip):
     encoder, variables, io = fixture
     wave = np.pad(io[f"{clip}/wave"].ravel(), (0, 480_000 - io[f"{clip}/wave"].size))
-    mel, _ = whisper_log_mel(jnp.asarray(wave)[None], None, 128)
+    mel, _ = jax.jit(lambda wave: whisper_log_mel(wave, None, 128))(wave[None])
+    np.testing.assert_allclose(mel.max(), io[f"{clip}/log_mel_max"], atol=1e-4)
     # From the reference's own mel: what is cut off is constant.
     head, tail = io[f"{clip}/log_mel_head"], io[f"{clip}/log_mel_tail_value"]
     np.testing.assert_allclose(mel[0, :200], head.T, atol=1e-4)
+    np.testing.assert_allclose(mel[0, 200:], np.full((2800, 128), tail), atol=1e-4)
     exact = np.full((1, 3000, 128), tail, np.float32)
     exact[0, :200] = head.T
-    x, out = encoder.apply(variables, exact, emit=("layer_out",))
-    wanted = io[f"{clip}/after_conv_head"]
-    wanted = wanted.reshape(-1, wanted.shape[-1])
-    np.testing.assert_allclose(out["after_conv"][0, : len(wanted)], wanted, atol=1e-5)
-    wanted = io[f"{clip}/layer0_out_head"]
-    wanted = wanted.reshape(-1, wanted.shape[-1])
-    np.testing.assert_allclose(out["layer_out"][0, 0, : len(wanted)], wanted, atol=1e-5)
-    wanted = io[f"{clip}/encoder_out_head"]
-    wanted = wanted.reshape(-1, wanted.shape[-1])
-    np.testing.assert_allclose(x[0, : len(wanted)], wanted, atol=1e-5)
-    wanted = io[f"{clip}/encoder_out_last"].reshape(-1, wanted.shape[-1])
-    np.testing.assert_allclose(x[0, -4:], wanted, atol=1e-5)
+    x, out = jax.jit(encoder.apply, static_argnames="emit")(variables, exact, emit=("layer_out",))
+
+    def expect(found, name):
+        wanted = io[f"{clip}/{name}"]
+        wanted = wanted.reshape(-1, wanted.shape[-1])
+        np.testing.assert_allclose(found[: len(wanted)], wanted, atol=1e-5)
+
+    expect(out["after_conv"][0], "after_conv_head")
+    expect(out["layer_out"][0, 0], "layer0_out_head")
+    expect(x[0], "encoder_out_head")
+    expect(x[0, -4:], "encoder_out_last")
 
 
 @pytest.mark.parametrize("clip", ["exact", "ragged"])
-def test_speech_features_equal_kimi_audio_reference(fixture, clip):
-    encoder, variables, io = fixture
+def test_speech_features_equal_kimi_audio_reference(fixture, features_of, clip):
+    io = fixture[2]
     wave = io[f"{clip}/wave"].reshape(1, -1)
-    lens = jnp.array([wave.shape[1]])
     # Noise in the padding must not be heard.
-    padded = np.concatenate([wave, np.ones((1, 500), np.float32)], axis=1)
-    features, len_features = whisper.kimi_speech_features(encoder, variables, padded, lens)
+    padded = np.ones((1, 26_000), np.float32)
+    padded[:, : wave.shape[1]] = wave
+    features, len_features = features_of(padded, [wave.shape[1]])
     assert len_features.tolist() == [int(io[f"{clip}/token_len"])] == [20]
     np.testing.assert_allclose(features[:, :20], io[f"{clip}/feature"], atol=1e-4)
 
 
-def test_long_clip_is_heard_in_pieces(fixture):
-    encoder, variables, io = fixture
+def test_long_clip_is_heard_in_pieces(fixture, features_of):
+    io = fixture[2]
     second = io["long/second"].ravel()
     wave = np.concatenate([np.tile(second, 31), second[:777]])[None]
     assert wave.shape[1] == int(io["long/n_samples"])
-    lens = jnp.array([wave.shape[1]])
-    features, len_features = whisper.kimi_speech_features(encoder, variables, wave, lens)
+    features, len_features = features_of(wave, [wave.shape[1]])
     features = features[:, : int(len_features[0])]
     assert features.shape == tuple(io["long/feature_shape"])
     np.testing.assert_allclose(features[0, :6], io["long/feature_head"].reshape(6, -1), atol=1e-4)
     boundary = io["long/feature_30s_boundary"].reshape(-1, features.shape[-1])
     assert len(boundary) > 3
     np.testing.assert_allclose(features[0, 372 : 372 + len(boundary)], boundary, atol=1e-4)
+
+
+def test_features_at_the_edges(features_of):
+    """Silence, 0.05 s and 95 s together; exactly 30 s and 0.05 s alone."""
+    rng = np.random.default_rng(4)
+    lens = np.array([0, 800, 1_520_000])
+    waves = 0.1 * rng.normal(size=(3, lens.max())).astype(np.float32)
+    features, len_features = features_of(waves, lens)
+    # ceil(n / 1280): 0.625 and 1187.5 steps of 80 ms.
+    assert len_features.tolist() == [0, 1, 1188]
+    # The first is all padding: what stands there is the sound of silence.
+    assert np.isfinite(features).all()
+    alone, _ = features_of(waves[1:2, :800], lens[1:2])
+    np.testing.assert_allclose(features[1, :1], alone[0, :1], atol=1e-5)
+    # Exactly 30 s: all of the first piece, and only that.
+    whole, len_whole = features_of(waves[2:, :480_000], [480_000])
+    assert len_whole.tolist() == [375] and whole.shape[1] == 375
+    np.testing.assert_allclose(features[2, :375], whole[0], atol=1e-5)
+
+
+def test_features_of_other_rates_and_channels(features_of, tmp_path):
+    """A chirp at 16 kHz mono, 8 kHz mono and 48 kHz stereo sounds the same."""
+    heard = []
+    for rate_hz, channels in ((16_000, 1), (8_000, 1), (48_000, 2)):
+        time_s = np.arange(rate_hz) / rate_hz
+        chirp = 0.3 * np.sin(2 * np.pi * (200 + 800 * time_s) * time_s) * np.hanning(rate_hz)
+        path = tmp_path / f"{rate_hz}.wav"
+        wave_lib.soundfile.write(path, np.tile(chirp[:, None], channels), rate_hz, subtype="FLOAT")
+        wave = wave_lib.load(path)
+        assert wave.shape == (16_000,)
+        features, len_features = features_of(wave[None], [len(wave)])
+        assert len_features.tolist() == [13]
+        heard.append(np.asarray(features[0, :13]))
+    assert rms(heard[1] - heard[0]) < 0.2 * rms(heard[0])
+    assert rms(heard[2] - heard[0]) < 0.05 * rms(heard[0])
