@@ -26,7 +26,10 @@ FAMILIES = (
     "qwen2",
     "qwen2_5_omni",
     "qwen2_audio",
+    "speech_tokenizer",
     "wav2vec2",
+    "whisper",
+    "whisper_classifier",
 )
 
 
