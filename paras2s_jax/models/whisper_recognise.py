@@ -297,4 +297,5 @@ def cut(
         return segments, len_frames
     last = pieces[-1]
     segments[-1] = Segment(at(last[0]), at(last[-2]), last, said)
-    return segments, (last[-2] - none - 1) * STEP_FRAMES
+    # Where times were not asked for they follow no rule, and the last may be the start.
+    return segments, (last[-2] - none - 1) * STEP_FRAMES or len_frames

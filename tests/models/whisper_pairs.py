@@ -122,7 +122,7 @@ def speaking(config: WhisperConfig, num_words: int, seed: int = 0, **suppressed)
         decoder.embed_tokens.weight.copy_(0.3 * torch.randn_like(decoder.embed_tokens.weight))
         decoder.embed_positions.weight.copy_(4 * torch.randn_like(decoder.embed_positions.weight))
         for layer in decoder.layers:
-            layer.encoder_attn.out_proj.weight.mul_(3)
+            layer.encoder_attn.out_proj.weight.mul_(10)
     values = dataclasses.asdict(ids)
     values |= {key: dict(values[key]) for key in ("lang_to_id", "task_to_id")}
     values |= {key: list(values[key]) for key in ("suppress_tokens", "begin_suppress_tokens")}
