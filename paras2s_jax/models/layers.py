@@ -9,6 +9,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from paras2s_jax.models import axes
+from paras2s_jax.models.attention import attend
+
+__all__ = [
+    "KERNEL_INIT",
+    "LORA_A_INIT",
+    "Dense",
+    "LayerNorm",
+    "RMSNorm",
+    "RopeScaling",
+    "Segment",
+    "attend",
+    "attend_segments",
+    "make_embed",
+    "rope",
+    "rope_angles",
+    "rope_frequencies",
+]
 
 Axes = tuple[str | None, ...]
 
@@ -180,23 +197,6 @@ def rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """
     lo, hi = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([lo * cos - hi * sin, hi * cos + lo * sin], axis=-1).astype(x.dtype)
-
-
-def attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    mask: jax.Array | None = None,
-    scale: float | None = None,
-    bias: jax.Array | None = None,
-) -> jax.Array:
-    """Softmax attention, with the softmax in float32; K may divide N (grouped queries).
-
-    q: float[B, T, N, H]; k, v: float[B, S, K, H]; mask: bool[B, 1|N, T|1, S] or None;
-    bias: float[1|B, N, T, S], added to the scaled scores, or None. Returns: as q. A query
-    without any visible key gets a finite, meaningless value.
-    """
-    return jax.nn.dot_product_attention(q, k, v, bias, mask, scale=scale)
 
 
 class Segment(NamedTuple):
