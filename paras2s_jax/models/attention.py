@@ -65,7 +65,7 @@ def choose(q: jax.Array, k: jax.Array, mask=None, bias=None) -> str:
     """Name of the kernel that suits the arguments of attend."""
     if k.shape[1] <= SHORT:
         return "xla"
-    platform, num_devices = _target()
+    platform, num_devices = target()
     by_key = mask is None or mask.shape[1:3] == (1, 1)
     if platform == "tpu" and by_key and bias is None:
         return "pallas"
@@ -75,7 +75,7 @@ def choose(q: jax.Array, k: jax.Array, mask=None, bias=None) -> str:
     return "blocked" if platform == "cpu" and num_devices == 1 else "xla"
 
 
-def _target() -> tuple[str, int]:
+def target() -> tuple[str, int]:
     """Platform that the traced program is for, and its number of devices."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.abstract_device is not None:

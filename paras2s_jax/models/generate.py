@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from paras2s_jax.models.qwen2 import Qwen2LM, last_real
+from paras2s_jax.models.attention import target
+from paras2s_jax.models.qwen2 import Qwen2LM, last_real, unroll_variables
 from paras2s_jax.models.sampling import Sampling, chosen_logp, draw
 
 GREEDY = Sampling(temperature=0.0)
@@ -78,6 +79,9 @@ def _generate(model, variables, prompt, rng, max_new_tokens, ends, sampling) -> 
     prompt = _complete(prompt)
     hidden, prefix = _prefill(model, variables, prompt)
     rows = hidden.shape[0]
+    if target() == ("cpu", 1):
+        model, variables = model.clone(unrolled=True), unroll_variables(variables)
+        prefix = {name: tuple(stacked) for name, stacked in prefix.items()}
 
     def choose(state: Generated, step, hidden) -> Generated:
         logits = model.apply(variables, hidden, method="logits")

@@ -6,6 +6,9 @@ tokens. The cache is read inside the layer scan and written once after it, so th
 step moves one token per layer, not the cache.
 """
 
+import functools
+from collections.abc import Mapping
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -156,7 +159,13 @@ class Qwen2DecoderLayer(nn.Module):
 
 
 class Qwen2Stack(nn.Module):
-    """`num_layers` decoder layers under one lax.scan; parameters have a leading layer axis."""
+    """`num_layers` decoder layers under one lax.scan; parameters have a leading layer axis.
+
+    unrolled: the layers one by one, each with parameters of its own (unroll_variables). Compiles
+    longer, but in a decoding loop no step cuts its weights and keys out of stacked arrays, which
+    on a CPU costs more than to multiply with them. Layer axes of caches, prefixes and outputs
+    are tuples then.
+    """
 
     config: Qwen2Config
     num_layers: int
@@ -165,6 +174,7 @@ class Qwen2Stack(nn.Module):
     param_dtype: jnp.dtype = jnp.float32
     scan_unroll: int = 1
     remat: str = "none"
+    unrolled: bool = False
 
     @nn.compact
     def __call__(
@@ -188,27 +198,56 @@ class Qwen2Stack(nn.Module):
         layer = Qwen2DecoderLayer
         if self.remat != "none":
             layer = nn.remat(layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        stack = nn.scan(
-            layer,
-            variable_axes={"params": 0, "lora": 0},
-            split_rngs={"params": True},
-            in_axes=(0, 0, nn.broadcast),
-            length=self.num_layers,
-            unroll=min(self.scan_unroll, self.num_layers),
-            metadata_params={nn.PARTITION_NAME: axes.LAYERS},
-        )
-        types = (self.dtype, self.param_dtype)
         inner_emit = emit if cache is None else tuple({*emit, "kv"})
-        layers = stack(self.config, self.lora, *types, inner_emit, name="layers")
-        x, out = layers(x, cache, prefix, view)
-        if cache is not None:
-            start = (0, 0, cache_index, 0, 0)
-            out["cache"] = jax.tree.map(
-                lambda old, new: jax.lax.dynamic_update_slice(old, new.astype(old.dtype), start),
-                cache,
-                out["kv"],
+        fields = (self.config, self.lora, self.dtype, self.param_dtype, inner_emit)
+        if self.unrolled:
+            layers = [layer(*fields, name=f"layers_{i}") for i in range(self.num_layers)]
+            x, out = _one_by_one(layers, x, cache, prefix, view)
+        else:
+            stack = nn.scan(
+                layer,
+                variable_axes={"params": 0, "lora": 0},
+                split_rngs={"params": True},
+                in_axes=(0, 0, nn.broadcast),
+                length=self.num_layers,
+                unroll=min(self.scan_unroll, self.num_layers),
+                metadata_params={nn.PARTITION_NAME: axes.LAYERS},
             )
+            x, out = stack(*fields, name="layers")(x, cache, prefix, view)
+        if cache is not None:
+            out["cache"] = jax.tree.map(functools.partial(_write, at=cache_index), cache, out["kv"])
         return x, out
+
+
+def _one_by_one(layers, x, cache, prefix, view: View):
+    """What the scan over layers does, without it: emitted arrays are tuples over layers."""
+    emitted = []
+    for i, layer in enumerate(layers):
+        cached, shared = (
+            None if kv is None else {name: value[i] for name, value in kv.items()}
+            for kv in (cache, prefix)
+        )
+        x, out = layer(x, cached, shared, view)
+        emitted.append(out)
+    return x, jax.tree.map(lambda *leaves: leaves, *emitted)
+
+
+def _write(cached: jax.Array, new: jax.Array, at) -> jax.Array:
+    """Puts the keys or values [..., T, K, H] of new tokens into the slots from `at`."""
+    start = (0,) * (cached.ndim - 3) + (at, 0, 0)
+    return jax.lax.dynamic_update_slice(cached, new.astype(cached.dtype), start)
+
+
+def unroll_variables(variables: Mapping) -> dict:
+    """Variables of a model with scanned layers -> of the same model with unrolled=True."""
+    made = {}
+    for key, value in variables.items():
+        if key == "layers":
+            for i in range(len(jax.tree.leaves(value)[0])):
+                made[f"layers_{i}"] = jax.tree.map(lambda x, i=i: x[i], value)
+        else:
+            made[key] = unroll_variables(value) if isinstance(value, Mapping) else value
+    return made
 
 
 def make_view(
@@ -244,14 +283,20 @@ def make_view(
         own_mask = own_mask & mask.astype(bool)[:, None, :]
     cache_mask = None
     if cache is not None:
-        cache_mask = (jnp.arange(cache["k"].shape[2]) < cache_index)[None, None]
+        cache_mask = (jnp.arange(_num_slots(cache)) < cache_index)[None, None]
     if prefix_mask is not None:
         prefix_mask = prefix_mask.astype(bool)[:, None, :]
     return View(cos, sin, own_mask, cache_mask, prefix_mask)
 
 
+def _num_slots(cache: dict) -> int:
+    """Size of a cache whose layer axis is the first one or a tuple."""
+    k = cache["k"]
+    return k[0].shape[1] if isinstance(k, tuple) else k.shape[2]
+
+
 class Qwen2LM(nn.Module):
-    """Qwen2 language model (Hugging Face: Qwen2ForCausalLM)."""
+    """Qwen2 language model (Hugging Face: Qwen2ForCausalLM). unrolled: see Qwen2Stack."""
 
     config: Qwen2Config
     lora: LoRA = NO_LORA
@@ -259,12 +304,19 @@ class Qwen2LM(nn.Module):
     param_dtype: jnp.dtype = jnp.float32
     scan_unroll: int = 1
     remat: str = "none"
+    unrolled: bool = False
 
     def setup(self):
         c, types = self.config, (self.dtype, self.param_dtype)
         self.embed_tokens = make_embed(c.vocab_size, c.hidden_size, *types)
         self.stack = Qwen2Stack(
-            c, c.num_hidden_layers, self.lora, *types, self.scan_unroll, self.remat
+            c,
+            c.num_hidden_layers,
+            self.lora,
+            *types,
+            self.scan_unroll,
+            self.remat,
+            self.unrolled,
         )
         self.norm = RMSNorm(c.rms_norm_eps, *types)
         if not c.tie_word_embeddings:
@@ -330,7 +382,8 @@ class Qwen2LM(nn.Module):
 
     def init_cache(self, rows: int, size: int) -> dict:
         """Empty cache for `size` tokens of `rows` rows."""
-        return make_cache(self.config, self.config.num_hidden_layers, rows, size, self.dtype)
+        cache = make_cache(self.config, self.config.num_hidden_layers, rows, size, self.dtype)
+        return {name: tuple(x) for name, x in cache.items()} if self.unrolled else cache
 
 
 def last_real(values: jax.Array, mask: jax.Array) -> jax.Array:

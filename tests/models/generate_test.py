@@ -10,6 +10,7 @@ import transformers
 
 from paras2s_jax.convert import qwen2
 from paras2s_jax.convert.rules import Checkpoint, import_params
+from paras2s_jax.models import generate as generate_module
 from paras2s_jax.models.generate import generate
 from paras2s_jax.models.sampling import Sampling
 
@@ -119,6 +120,16 @@ def test_padding_may_stand_anywhere(small):
     embeds = model.apply(variables, alone, method="embed")
     one = generate(model, variables, inputs_embeds=embeds, **settings)
     np.testing.assert_array_equal(one.tokens[0], want.tokens[1])
+
+
+def test_scanned_layers_write_the_same(small, monkeypatch):
+    _, model, variables = small
+    settings = {"input_ids": IDS, "max_new_tokens": 6}
+    want = generate(model, variables, **settings)
+    # As on other platforms; another model, so that it is traced anew.
+    monkeypatch.setattr(generate_module, "target", lambda: ("tpu", 1))
+    got = generate(model.clone(scan_unroll=2), variables, **settings)
+    np.testing.assert_array_equal(got.tokens, want.tokens)
 
 
 def test_rows_end_at_their_end_token_and_stay_finished(small):

@@ -13,7 +13,7 @@ import transformers
 from paras2s_jax.convert import qwen2 as table
 from paras2s_jax.convert.rules import import_params
 from paras2s_jax.models.layers import RopeScaling
-from paras2s_jax.models.qwen2 import Qwen2Config, Qwen2LM, last_real
+from paras2s_jax.models.qwen2 import Qwen2Config, Qwen2LM, last_real, unroll_variables
 
 # All sizes differ, so that a wrong transpose cannot fit.
 CONFIG = Qwen2Config(
@@ -127,6 +127,27 @@ def test_cached_steps_equal_the_full_forward(variables):
     np.testing.assert_allclose(jnp.concatenate(logits, axis=1), want, atol=1e-5)
     assert out["cache"]["k"].shape == (3, 4, 12, 2, 8)
     assert not jnp.any(out["cache"]["k"][:, :, 9:])  # nothing past the tokens is touched
+
+
+def test_unrolled_layers_equal_the_scan(variables):
+    model = Qwen2LM(CONFIG)
+    _, out = _run(model, variables, TOKENS[:2, :5], emit=("kv",))
+    prefix, mask = out["kv"], np.ones((2, 5), bool)
+    inputs = {"prefix_mask": mask, "cache_index": jnp.int32(2), "position_ids": 7 + np.arange(2)}
+    inputs["position_ids"] = np.tile(inputs["position_ids"], (4, 1))
+    tokens, cache = TOKENS[:, 7:], model.init_cache(4, 6)
+    cache = jax.tree.map(lambda x: x.at[:, :, :2].set(0.5), cache)
+    want, seen = _run(model, variables, tokens, prefix=prefix, cache=cache, **inputs)
+    unrolled = model.clone(unrolled=True)
+    own = unroll_variables(variables)
+    shapes = nn.meta.unbox(jax.eval_shape(unrolled.init, jax.random.key(0), TOKENS))
+    jax.tree.map(lambda x, y: np.testing.assert_equal(x.shape, y.shape), dict(shapes), own)
+    split = {name: tuple(x) for name, x in cache.items()}
+    got, out = _run(unrolled, own, tokens, prefix=prefix, cache=split, **inputs)
+    np.testing.assert_allclose(got, want, atol=1e-6)
+    assert jax.tree.map(jnp.shape, split) == jax.tree.map(jnp.shape, out["cache"])
+    for name, x in seen["cache"].items():
+        np.testing.assert_allclose(jnp.stack(out["cache"][name]), x, atol=1e-6)
 
 
 def test_group_on_a_ragged_shared_prefix_equals_separate_rows(variables):
