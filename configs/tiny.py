@@ -187,9 +187,11 @@ def _add_reinforcement(c: ConfigDict) -> None:
             num_steps=250,
             lr=1.5e-3,
             warmup_steps=40,
-            trainable="lora|projector|language_model",
+            trainable="lora|projector|audio_tower/proj/|language_model",
             findings_weight=0.5,
             model=dict(
+                family="qwen2_audio",  # or qwen2_5_omni, which hears in windows
+                n_window=100,  # half a window of the latter, in mel frames
                 text=dict(
                     hidden_size=96,
                     intermediate_size=256,

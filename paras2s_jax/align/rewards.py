@@ -98,7 +98,11 @@ class RewardModel:
     prompt: ScorePrompt
 
     def init(self, rng: jax.Array, tower: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Fresh variables; `tower`: parameters of a trained WhisperEncoder to start from."""
+        """Fresh variables; `tower`: trained parameters of the audio tower, or of parts of it.
+
+        Raises:
+            ValueError: the tower has no such part, or another shape.
+        """
         slots = np.full((1, 2), self.model.config.audio_token_index, np.int32)
         ids = np.concatenate([slots, np.array([self.prompt.after], np.int32)], axis=1)
         mel = np.zeros((1, 8, self.model.config.audio.num_mel_bins), np.float32)
@@ -106,10 +110,15 @@ class RewardModel:
         variables = sharding.unbox(make(rng))
         if tower is not None:
             params = dict(variables["params"])
-            fresh, given = (jax.tree.map(jnp.shape, x) for x in (params["audio_tower"], tower))
-            if fresh != given:
-                raise ValueError("the given tower's shapes are not those of the reward model's.")
-            params["audio_tower"] = jax.tree.map(jnp.asarray, dict(tower))
+            fresh = params["audio_tower"]
+            shapes, given = (jax.tree.map(jnp.shape, dict(x)) for x in (fresh, tower))
+            wrong = [name for name, shape in given.items() if shapes.get(name) != shape]
+            if wrong:
+                raise ValueError(
+                    "the given tower's shapes are not those of the reward model's: "
+                    f"{', '.join(wrong)}"
+                )
+            params["audio_tower"] = {**fresh, **jax.tree.map(jnp.asarray, dict(tower))}
             variables = {**variables, "params": params}
         return variables
 

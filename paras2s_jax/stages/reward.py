@@ -20,6 +20,11 @@ from paras2s_jax.data.tokenizer import TextTokenizer
 from paras2s_jax.judge.ledger import params_digest
 from paras2s_jax.models.lora import LoRA
 from paras2s_jax.models.qwen2 import Qwen2Config
+from paras2s_jax.models.qwen2_5_omni import (
+    OmniAudioConfig,
+    Qwen2_5OmniConfig,
+    Qwen2_5OmniThinker,
+)
 from paras2s_jax.models.qwen2_audio import Qwen2Audio, Qwen2AudioConfig
 from paras2s_jax.models.sampling import Sampling
 from paras2s_jax.stages.judging import make_judge
@@ -34,9 +39,22 @@ def make_reward_model(config: ConfigDict, workdir: Path) -> tuple[RewardModel, d
     c = config.distill.model
     tokenizer = TextTokenizer.load(parts_dir(config, workdir) / TEXT_FILE)
     whisper, encoder = asr_encoder(config, workdir)
-    text = Qwen2Config(vocab_size=tokenizer.vocab_size + 1, **c.text)
-    model = Qwen2Audio(
-        Qwen2AudioConfig(whisper, text, audio_token_index=tokenizer.vocab_size),
+    text, slot = Qwen2Config(tokenizer.vocab_size + 1, **c.text), tokenizer.vocab_size
+    if c.family == "qwen2_audio":
+        model = Qwen2Audio(Qwen2AudioConfig(whisper, text, slot))
+    elif c.family == "qwen2_5_omni":
+        audio = OmniAudioConfig(
+            **dataclasses.asdict(whisper), n_window=c.n_window, output_dim=text.hidden_size
+        )
+        model = Qwen2_5OmniThinker(Qwen2_5OmniConfig(audio, text, slot))
+        encoder = {name: encoder[name] for name in ("conv1", "conv2", "layers")} | {
+            "ln_post": encoder["layer_norm"]
+        }
+    else:
+        raise ValueError(
+            f"distill.model.family is {c.family!r}; choose qwen2_audio or qwen2_5_omni"
+        )
+    model = model.clone(
         lora=LoRA(c.lora_rank, c.lora_alpha),
         audio_lora=LoRA(c.audio_lora_rank, c.lora_alpha, tuple(c.audio_lora_targets)),
         scan_unroll=c.scan_unroll,

@@ -1,11 +1,18 @@
 """The reward model: scores, sharing within groups, padding, loss."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from paras2s_jax.align import rewards
+from paras2s_jax.models.qwen2_5_omni import (
+    OmniAudioConfig,
+    Qwen2_5OmniConfig,
+    Qwen2_5OmniThinker,
+)
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +155,28 @@ def test_a_trained_tower_is_taken_over(reward_model, variables):
     jax.tree.map(np.testing.assert_array_equal, taken["params"]["audio_tower"], tower)
     with pytest.raises(ValueError, match="shapes"):
         reward_model.init(jax.random.key(0), tower={"norm": jnp.zeros(3)})
+
+
+def test_the_thinker_is_a_reward_model_as_well(reward_model, waves):
+    config = reward_model.model.config
+    audio = OmniAudioConfig(**dataclasses.asdict(config.audio), n_window=5, output_dim=16)
+    config = Qwen2_5OmniConfig(audio, config.text, config.audio_token_index)
+    thinker = dataclasses.replace(reward_model, model=Qwen2_5OmniThinker(config))
+    variables = jax.tree.map(
+        lambda x: x * 5.0 if x.ndim > 1 else x, thinker.init(jax.random.key(0))
+    )
+    tower = {"layers": jax.tree.map(jnp.ones_like, variables["params"]["audio_tower"]["layers"])}
+    taken = thinker.init(jax.random.key(0), tower=tower)["params"]["audio_tower"]
+    jax.tree.map(np.testing.assert_array_equal, taken["layers"], tower["layers"])
+    assert "proj" in taken
+    score = jax.jit(thinker.score)
+    scores = np.asarray(score(variables, *waves))
+    assert np.isnan(scores[1, 2]) and np.isfinite(scores).sum() == 5
+    assert np.nanstd(scores) > 1e-4
+    query, query_len, answer, answer_len = waves
+    longer = [jnp.pad(query, ((0, 0), (0, 1500))), query_len]
+    longer += [jnp.pad(answer, ((0, 0), (0, 0), (0, 3000))), answer_len]
+    np.testing.assert_allclose(score(variables, *longer), scores, atol=1e-5)
 
 
 def test_digits_must_be_single_tokens():
