@@ -14,7 +14,8 @@ import numpy as np
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from paras2s_jax.audio.mel import whisper_log_mel
+from paras2s_jax.audio.mel import RATE_HZ, whisper_log_mel
+from paras2s_jax.audio.resample import resample_rows
 from paras2s_jax.data.tokenizer import TextTokenizer
 from paras2s_jax.models import decode
 from paras2s_jax.models.decode import Rollout
@@ -132,6 +133,7 @@ class SpeechPolicy:
         waves, lens = frontend.detokenizer.decode(
             codes.reshape(-1, steps), len_codes.reshape(-1), rng
         )
+        waves, lens = resample_rows(waves, lens, frontend.detokenizer.rate_hz, RATE_HZ)
         shape = (num_prompts, group_size)
         return Answers(codes, len_codes, waves.reshape(*shape, -1), lens.reshape(shape))
 

@@ -121,13 +121,15 @@ def hann(size: int) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=16)
-def mel_filters(rate_hz: int, n_fft: int, n_mels: int, max_hz: float | None = None) -> np.ndarray:
+def mel_filters(
+    rate_hz: int, n_fft: int, n_mels: int, max_hz: float | None = None, min_hz: float = 0.0
+) -> np.ndarray:
     """Triangular filters on the Slaney scale, each of unit area (librosa.filters.mel, transposed).
 
     Returns: float32[1 + n_fft // 2, n_mels]; shared between callers, do not write to it.
     """
     max_hz = rate_hz / 2 if max_hz is None else max_hz
-    edges_hz = _mel_to_hz(np.linspace(0.0, _hz_to_mel(max_hz), n_mels + 2))
+    edges_hz = _mel_to_hz(np.linspace(_hz_to_mel(min_hz), _hz_to_mel(max_hz), n_mels + 2))
     bins_hz = np.linspace(0.0, rate_hz / 2, 1 + n_fft // 2)[:, None]
     rising = (bins_hz - edges_hz[:-2]) / (edges_hz[1:-1] - edges_hz[:-2])
     falling = (edges_hz[2:] - bins_hz) / (edges_hz[2:] - edges_hz[1:-1])

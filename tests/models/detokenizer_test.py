@@ -1,0 +1,302 @@
+"""The detokenizer against the Kimi-Audio fixture: at once, in chunks, in padded batches."""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from paras2s_jax.convert import bigvgan as vocoder_table
+from paras2s_jax.convert import flow_matching as dit_table
+from paras2s_jax.convert.rules import Checkpoint, import_params
+from paras2s_jax.models.bigvgan import BigVGAN
+from paras2s_jax.models.detokenizer import FlowMatchingDetokenizer
+from paras2s_jax.models.detokenizer_chunks import (
+    Prefix,
+    chunk_plan,
+    cross_fade,
+    draw_noise,
+    hand_over,
+    row_keys,
+)
+
+GOLDENS = Path(__file__).parents[1] / "goldens" / "kimi_detokenizer_dit"
+MEL_ATOL, WAV_ATOL = 5e-4, 2e-5  # The fixture's own tolerances.
+SMALL = {"first": 6, "chunk": 7, "look_ahead": 2, "max_kv": 50}
+
+
+@pytest.fixture(scope="module")
+def io():
+    return np.load(GOLDENS / "io.npz")
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """(dit, its params, vocoder, its params) of the fixture."""
+    folder = tmp_path_factory.mktemp("released")
+    config = json.loads((GOLDENS / "config.json").read_text())
+    (folder / "config.yaml").write_text(json.dumps(config["audio_detokenizer"]))
+    (folder / "config.json").write_text(json.dumps(config["vocoder"]))
+    found = []
+    for table, file in ((dit_table, "model"), (vocoder_table, "vocoder")):
+        model = table.make_model(folder)
+        shapes = jax.eval_shape(functools.partial(table.init, model), jax.random.key(0))
+        params = import_params(
+            Checkpoint(GOLDENS / f"{file}.safetensors"),
+            table.rules(model.config),
+            nn.meta.unbox(shapes)["params"],
+        )
+        found += [model, jax.tree.map(jnp.asarray, params)]
+    return found
+
+
+@pytest.fixture(scope="module")
+def detokenizer(parts):
+    return FlowMatchingDetokenizer.from_models(*parts)
+
+
+@jax.jit
+def render(detokenizer, codes, lens, noise):
+    """noise: float32[chunks, B, A, M]."""
+    return detokenizer.render(codes, lens, lambda number, size: noise[number][:, : 4 * size])
+
+
+@jax.jit
+def decode(detokenizer, codes, lens, rng):
+    return detokenizer.decode(codes, lens, rng)
+
+
+next_chunk = jax.jit(lambda d, s, codes, noise: d.stream_chunk(s, codes, noise))
+last_chunk = jax.jit(lambda d, s, codes, noise, lens: d.stream_chunk(s, codes, noise, True, lens))
+
+
+def test_all_frames_at_once_equal_the_fixture(detokenizer, io):
+    codes = io["oneshot/tokens"].reshape(1, -1)[:, ::4]
+    noise = io["oneshot/noise"].reshape(1, 1, -1, 80)
+    assert codes.shape == (1, 10) and noise.shape[2] == 40
+    mel, wave, lens = render(detokenizer.replace(chunked=False), codes, jnp.array([10]), noise)
+    assert wave.shape == (1, 19_200) and lens.tolist() == [19_200]
+    np.testing.assert_allclose(mel[0], io["oneshot/mel"].reshape(-1, 80), atol=MEL_ATOL)
+    np.testing.assert_allclose(wave[0], io["oneshot/wav"].ravel(), atol=WAV_ATOL)
+    # As short as a first chunk: the same in chunks.
+    mel, _, _ = render(detokenizer.replace(ode_solver="naive_euler"), codes, jnp.array([10]), noise)
+    np.testing.assert_allclose(mel[0], io["oneshot/mel_naive_euler"].reshape(-1, 80), atol=MEL_ATOL)
+
+
+def _chunks(values, lengths):
+    """Splits [T, …] at the lengths of a fixture."""
+    return np.split(values.reshape(int(np.sum(lengths)), -1), np.cumsum(lengths)[:-1])
+
+
+@pytest.mark.parametrize("case", ["stream", "stream_small", "stream_prompt"])
+def test_streams_equal_the_fixture(detokenizer, io, case):
+    settings = {
+        ours: int(io[f"{case}/{theirs}"])
+        for ours, theirs in (("first", "first"), ("chunk", "chunk"), ("look_ahead", "look"))
+    }
+    detokenizer = detokenizer.replace(**settings, max_kv=int(io[f"{case}/max_kv"]))
+    codes = io[f"{case}/codes"].reshape(1, -1)
+    edges = np.arange(settings["first"], codes.shape[1], settings["chunk"])
+    pieces = np.split(codes, edges, axis=1)
+    noises = _chunks(io[f"{case}/noise"], io[f"{case}/noise_lengths"])
+    mels = _chunks(io[f"{case}/mel"], io[f"{case}/mel_lengths"])
+    waves = None
+    if f"{case}/wav" in io:
+        waves = _chunks(io[f"{case}/wav"], io[f"{case}/wav_lengths"])
+    state = detokenizer.start(1)
+    if case == "stream_prompt":
+        start = jax.jit(lambda d, m, t: d.start_with_voice(m, t, int(io[f"{case}/prompt_chunk"])))
+        prompt = io[f"{case}/prompt_mel"].reshape(1, -1, 80)
+        state = start(detokenizer, prompt, io[f"{case}/prompt_tokens"].reshape(1, -1))
+        assert int(state.prefix.length) == int(state.prefix.position) == 30
+    assert len(pieces) == len(noises) == len(mels) > 1
+    for number, (codes, noise, wanted) in enumerate(zip(pieces, noises, mels)):
+        if number + 1 < len(pieces):
+            state, mel, wave = next_chunk(detokenizer, state, codes, noise[None])
+        else:
+            # Padded to a whole chunk, as a service would.
+            spare = settings["chunk"] - codes.shape[1]
+            real = jnp.array([codes.shape[1]])
+            codes = np.pad(codes, ((0, 0), (0, spare)))
+            noise = np.pad(noise, ((0, 4 * spare), (0, 0)), constant_values=9.0)
+            state, mel, wave = last_chunk(detokenizer, state, codes, noise[None], real)
+            assert not np.any(mel[0, len(wanted) :])
+            mel = mel[:, : len(wanted)]
+            wave = wave if waves is None else wave[:, : waves[-1].size]
+        assert int(state.prefix.length) == int(io[f"{case}/kv_after_chunk"][number])
+        np.testing.assert_allclose(mel[0], wanted, atol=MEL_ATOL)
+        if waves is not None:
+            assert wave.shape[1] == waves[number].size
+            np.testing.assert_allclose(wave[0], waves[number].ravel(), atol=WAV_ATOL)
+    assert state.pre_wav.shape == (1, 0) and state.voice is None
+
+
+def test_whole_answers_by_chunks_equal_the_streams(detokenizer, io):
+    """The fixture's 22 codes beside 13 of them (an end on a chunk's edge), 5, and none."""
+    detokenizer = detokenizer.replace(**SMALL)
+    codes = np.tile(io["stream_small/codes"].reshape(1, -1), (4, 1)).astype(np.int32)
+    lens = np.array([22, 13, 5, 0])
+    codes = np.where(np.arange(22) < lens[:, None], codes, 7)
+    noise = np.zeros((4, 4, 36, 80), np.float32)
+    for number, part in enumerate(
+        _chunks(io["stream_small/noise"], io["stream_small/noise_lengths"])
+    ):
+        noise[number, :, : len(part)] = part
+    mel, wave, len_waves = render(detokenizer, codes, lens, noise)
+    assert wave.shape == (4, 22 * 1920) and len_waves.tolist() == (1920 * lens).tolist()
+    np.testing.assert_allclose(mel[0], io["stream_small/mel"].reshape(-1, 80), atol=MEL_ATOL)
+    np.testing.assert_allclose(wave[0], io["stream_small/wav"].ravel(), atol=WAV_ATOL)
+    for row in range(1, 4):
+        assert not np.any(mel[row, 4 * lens[row] :]) and not np.any(wave[row, len_waves[row] :])
+    # 13 codes: the same first chunk of 6 - 2, then all that is left in the final one.
+    state, mels, waves = detokenizer.start(1), [], []
+    state, *heard = next_chunk(detokenizer, state, codes[1:2, :6], noise[0, :1, :24])
+    mels, waves = [heard[0]], [heard[1]]
+    _, *heard = last_chunk(detokenizer, state, codes[1:2, 6:13], noise[1, :1], jnp.array([7]))
+    mels, waves = np.concatenate([*mels, heard[0]], 1), np.concatenate([*waves, heard[1]], 1)
+    np.testing.assert_allclose(mel[1, :52], mels[0], atol=MEL_ATOL)
+    np.testing.assert_allclose(wave[1, : 13 * 1920], waves[0], atol=WAV_ATOL)
+
+
+def test_decode_does_not_depend_on_padding_or_neighbours(detokenizer):
+    detokenizer = detokenizer.replace(**SMALL)
+    rng = np.random.default_rng(0)
+    codes, lens = rng.integers(0, 32, (2, 15)).astype(np.int32), np.array([15, 9])
+    keys = jax.random.split(jax.random.key(3), 2)
+    waves, len_waves = decode(detokenizer, codes, lens, keys)
+    alone, _ = decode(detokenizer, codes[1:, :9], lens[1:], keys[1:])
+    assert len_waves.tolist() == [28_800, 17_280]
+    assert np.std(alone) > 0.05
+    np.testing.assert_allclose(waves[1, :17_280], alone[0], atol=WAV_ATOL)
+    assert not np.any(waves[1, 17_280:])
+    # Codes past the length, and the key of another row, change nothing.
+    other = np.where(np.arange(15) < lens[:, None], codes, 3)
+    again, _ = decode(detokenizer, other, lens, keys.at[0].set(jax.random.key(9)))
+    np.testing.assert_array_equal(again[1], waves[1])
+    assert np.any(again[0] != waves[0])
+
+
+def test_bfloat16_is_near_float32(parts, io):
+    dit, params, vocoder, vocoder_params = parts
+    half = [m.clone(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16) for m in (dit, vocoder)]
+    cast = [
+        jax.tree.map(lambda p: p.astype(jnp.bfloat16), tree) for tree in (params, vocoder_params)
+    ]
+    made = FlowMatchingDetokenizer.from_models(half[0], cast[0], half[1], cast[1], chunked=False)
+    codes = io["oneshot/tokens"].reshape(1, -1)[:, ::4]
+    noise = io["oneshot/noise"].reshape(1, 1, -1, 80)
+    mel, wave, _ = render(made, codes, jnp.array([10]), noise)
+    assert wave.dtype == jnp.float32
+    for found, name in ((mel, "mel"), (wave, "wav")):
+        wanted = io[f"oneshot/{name}"].reshape(found.shape)
+        error = np.sqrt(np.mean(np.square(found - wanted)) / np.mean(np.square(wanted)))
+        assert 1e-4 < error < 2e-2
+
+
+def test_noise_is_drawn_code_by_code():
+    keys = row_keys(None, 2)
+    np.testing.assert_array_equal(
+        jax.random.key_data(keys),
+        jax.random.key_data(row_keys(jax.random.PRNGKey(0), 2)),
+    )
+    noise = draw_noise(keys, jnp.int32(1), 40, 20)
+    assert noise.shape == (2, 160, 20)
+    np.testing.assert_array_equal(draw_noise(keys[1:], jnp.int32(1), 5, 20)[0], noise[1, :20])
+    assert abs(np.mean(noise)) < 0.05 and abs(np.std(noise) - 1) < 0.05
+    flat = np.concatenate([np.ravel(noise), np.ravel(draw_noise(keys, jnp.int32(2), 40, 20))])
+    assert len(np.unique(flat)) > 0.99 * flat.size
+
+
+def test_plan_of_the_release():
+    # 30 codes, 12 held: 72 frames, half of them heard. Then 120 more and twice what was held
+    # back, as far as that is less than all.
+    assert chunk_plan(95, 30, 30, 12) == [
+        (0, 72, 36),
+        (36, 192, 72),
+        (108, 312, 168),
+        (276, 432, 72),
+    ]
+    assert chunk_plan(90, 30, 30, 12)[-1] == (108, 312, 168)
+    assert hand_over(0, 10) == (5, 5)
+    assert hand_over(3, 10) == (6, 4)
+    assert hand_over(6, 10) == (5, 5)
+
+
+def test_cross_fade_by_hand():
+    # Periodic Hamming window of 4: 0.54 - 0.46 cos(pi t / 2) = 0.08, 0.54, 1, 0.54.
+    faded = cross_fade(jnp.array([[1.0, 2.0, 7.0]]), jnp.array([[10.0, 20.0, 30.0, 40.0]]))
+    np.testing.assert_allclose(faded, [[1.0 + 0.8, 1.08 + 10.8, 30, 40]], rtol=1e-6)
+
+
+def test_prefix_slides_and_restarts():
+    def frames(*values):
+        return jnp.array(values, jnp.float32).reshape(1, 1, -1, 1, 1)
+
+    prefix = Prefix(frames(0, 0, 0), frames(0, 0, 0), jnp.int32(0), jnp.int32(0))
+    assert not np.any(prefix.mask)
+    prefix = prefix.append({"k": frames(1, 2), "v": frames(5, 6)})
+    assert prefix.mask.tolist() == [[False, True, True]]
+    longer = prefix.append({"k": frames(3, 4), "v": frames(7, 8)})
+    assert longer.k.ravel().tolist() == [2, 3, 4] and longer.v.ravel().tolist() == [6, 7, 8]
+    assert int(longer.length) == 3 and int(longer.position) == 4
+    # 4 + 2 * 2 frames still fit 8 positions, but not 7.
+    assert int(longer.restart(2, 8).position) == 4
+    empty = longer.restart(2, 7)
+    assert int(empty.position) == 0 and not np.any(empty.mask)
+    voice = longer.restart(2, 7, prefix)
+    assert int(voice.position) == 2 and voice.k.ravel().tolist() == [0, 1, 2]
+
+
+def test_a_long_answer_restarts(parts, io):
+    """With 60 positions, chunks of 28 frames restart after the second: 16 + 28 + 2 * 28 > 60."""
+    dit = parts[0].clone(config=dataclasses.replace(parts[0].config, max_seq_len=60))
+    detokenizer = FlowMatchingDetokenizer.from_models(dit, *parts[1:], **SMALL)
+    codes = io["stream_small/codes"].reshape(1, -1)
+    noise = jax.random.normal(jax.random.key(0), (1, 36, 80))
+    state, _, _ = next_chunk(detokenizer, detokenizer.start(1), codes[:, :6], noise[:, :24])
+    assert int(state.prefix.position) == int(state.prefix.length) == 16
+    state, _, _ = next_chunk(detokenizer, state, codes[:, 6:13], noise)
+    assert int(state.prefix.position) == int(state.prefix.length) == 0
+    with pytest.raises(ValueError, match="22 codes exceed 60 frames"):
+        detokenizer.replace(chunked=False).decode(codes, jnp.array([22]))
+
+
+def test_without_look_ahead_the_last_evaluation_is_remembered(detokenizer, io):
+    detokenizer = detokenizer.replace(first=6, chunk=7, look_ahead=0, max_kv=50, ode_steps=4)
+    codes = io["stream_small/codes"].reshape(1, -1)[:, :6]
+    noise = jax.random.normal(jax.random.key(0), (1, 24, 80))
+    state, mel, _ = next_chunk(detokenizer, detokenizer.start(1), codes, noise)
+    assert mel.shape == (1, 24, 80) and state.held.shape == (1, 0)
+    assert int(state.prefix.length) == 24
+    # Three steps of a third; the last velocity is that at t = 666 of what two steps give.
+    config, x = detokenizer.dit.config, noise
+    run = jax.jit(
+        lambda x, t: detokenizer.dit.apply(
+            {"params": detokenizer.dit_params}, x, codes, t, emit=("kv",)
+        )
+    )
+    for t in (0, 333, 666):
+        v, out = run(x, jnp.array([t]))
+        x = x + v / 3
+    np.testing.assert_allclose(mel, config.denormalize(x), atol=MEL_ATOL)
+    np.testing.assert_allclose(state.prefix.k[:, :, 26:], out["kv"]["k"], atol=1e-4)
+
+
+def test_what_does_not_fit_is_refused(parts):
+    with pytest.raises(ValueError, match="look_ahead < first"):
+        FlowMatchingDetokenizer.from_models(*parts, first=12)
+    with pytest.raises(ValueError, match=r"first <= look_ahead \+ 2 \* chunk"):
+        FlowMatchingDetokenizer.from_models(*parts, chunk=8)
+    config = dataclasses.replace(parts[2].config, num_mels=79)
+    with pytest.raises(ValueError, match="makes 80 mels, the vocoder reads 79"):
+        FlowMatchingDetokenizer.from_models(*parts[:2], BigVGAN(config), parts[3])
+    detokenizer = FlowMatchingDetokenizer.from_models(*parts)
+    assert detokenizer.rate_hz == 24_000 and detokenizer.codebook_size == 32
+    assert detokenizer.samples_per_code == 1920 and detokenizer.vocoder.folded
+    with pytest.raises(ValueError, match="more than 12 codes, all real"):
+        detokenizer.stream_chunk(detokenizer.start(1), jnp.zeros((1, 12), jnp.int32), None)
