@@ -24,7 +24,11 @@ TRANSPOSED = (2, 0, 1)  # torch [in, out, k] <-> kernel [k, in, out]
 def matches(folder: Path) -> bool:
     """Whether the folder holds a vocoder as released."""
     path = Path(folder) / CONFIG_FILE
-    return path.is_file() and "upsample_rates" in json.loads(path.read_text())
+    try:
+        values = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return False
+    return isinstance(values, dict) and "resblock_dilation_sizes" in values
 
 
 def make_model(folder: Path, **types) -> nn.Module:

@@ -21,7 +21,9 @@ import jax
 from paras2s_jax.convert.checkpoint import ConversionError
 
 FAMILIES = (
+    "bigvgan",
     "emotion2vec",
+    "flow_matching",
     "kimi_audio",
     "qwen2",
     "qwen2_5_omni",

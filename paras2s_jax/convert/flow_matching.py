@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import yaml
 
-from paras2s_jax.convert.rules import LINEAR, Rule
+from paras2s_jax.convert.rules import LINEAR, ConversionError, Rule
 from paras2s_jax.models.flow_matching import FlowMatchingConfig, FlowMatchingDiT
 
 ARCHITECTURES: tuple[str, ...] = ()  # The release has no config.json; see `matches`.
@@ -22,7 +22,10 @@ def matches(folder: Path) -> bool:
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():
         return False
-    values = yaml.safe_load(path.read_text())
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConversionError(f"{path} is not YAML; download it again") from error
     model = values.get("model") if isinstance(values, dict) else None
     return isinstance(model, dict) and "dit" in model
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+import yaml
 
 from paras2s_jax.convert.checkpoint import write_checkpoint
 
@@ -166,6 +167,14 @@ def _golden(*names: str) -> Callable[[Path], None]:
     return copy
 
 
+def flow_matching(folder: Path) -> None:
+    """The network of Kimi-Audio's detokenizer fixture."""
+    source = GOLDENS / "kimi_detokenizer_dit"
+    config = json.loads((source / "config.json").read_text())
+    (folder / "config.yaml").write_text(yaml.safe_dump(config["audio_detokenizer"]))
+    shutil.copyfile(source / "model.safetensors", folder / "model.safetensors")
+
+
 RELEASES: dict[str, Callable[..., object]] = {
     "qwen2": qwen2,
     "qwen2_audio": qwen2_audio,
@@ -176,6 +185,8 @@ RELEASES: dict[str, Callable[..., object]] = {
     "wav2vec2": wav2vec2,
     "emotion2vec": _golden("emotion2vec", "base"),
     "kimi_audio": _golden("kimi_lm"),
+    "flow_matching": flow_matching,
+    "bigvgan": _golden("bigvgan"),
 }
 
 
