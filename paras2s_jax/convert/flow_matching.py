@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import yaml
 
-from paras2s_jax.convert.rules import LINEAR, ConversionError, Rule
+from paras2s_jax.convert.rules import ConversionError, Rule, dense_rules
 from paras2s_jax.models.flow_matching import FlowMatchingConfig, FlowMatchingDiT
 
 ARCHITECTURES: tuple[str, ...] = ()  # The release has no config.json; see `matches`.
@@ -57,8 +57,7 @@ def rules(config: FlowMatchingConfig) -> list[Rule]:
     embedding = "semantic_token_embedding"
     table = [Rule(f"{PREFIX}{embedding}.weight", f"{embedding}/embedding")]
     for key, path, numbers in pairs:
-        table.append(Rule(f"{PREFIX}{key}.weight", f"{path}/kernel", LINEAR, numbers))
-        table.append(Rule(f"{PREFIX}{key}.bias", f"{path}/bias", over=numbers))
+        table += dense_rules(f"{PREFIX}{key}", path, numbers)
     return table
 
 
