@@ -130,6 +130,21 @@ def test_euler_adds_up_steps_and_keeps_the_last_output():
     assert float(x[0, 0, 0]) == 251 and out["t"].tolist() == [500]
 
 
+def test_naive_euler_equals_the_fixture(released, io):
+    model, params = released
+    codes, noise = io["oneshot/tokens"].reshape(1, -1)[:, ::4], io["oneshot/noise"]
+
+    @jax.jit
+    def solve(noise):
+        def velocity(x, t):
+            return model.apply({"params": params}, x, codes, t)
+
+        return euler(velocity, noise, solver="naive_euler")[0]
+
+    mel = model.config.denormalize(solve(noise.reshape(1, -1, 80)))
+    np.testing.assert_allclose(mel, io["oneshot/mel_naive_euler"].reshape(mel.shape), atol=5e-4)
+
+
 def plain_velocity(tensors, config, x, tokens, t, start, past=None):
     """One row of the fixture's README in torch. past: [(k, v)] per block, each [C, N, H]."""
     w = {key.partition(".")[2]: torch.tensor(value) for key, value in tensors.items()}
