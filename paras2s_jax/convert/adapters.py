@@ -20,6 +20,22 @@ from paras2s_jax.convert.rules import LINEAR, Rule, export_tensors, import_param
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
+NO_RENAMES: Mapping[str, str] = {}
+
+
+def _in_checkpoint(name: str, renames: Mapping[str, str]) -> str:
+    """A module's name in checkpoints. renames: beginnings in memory -> in checkpoints."""
+    for memory, checkpoint in renames.items():
+        if name.startswith(memory):
+            return checkpoint + name.removeprefix(memory)
+    return name
+
+
+def _in_memory(name: str, renames: Mapping[str, str]) -> str:
+    for memory, checkpoint in renames.items():
+        if name.startswith(checkpoint):
+            return memory + name.removeprefix(checkpoint)
+    return name
 
 
 def adapter_rules(rules: Sequence[Rule], stems: set[str]) -> list[Rule]:
@@ -45,22 +61,28 @@ def write_adapter(
     *,
     alpha: float,
     base: str,
+    renames: Mapping[str, str] = NO_RENAMES,
 ) -> None:
     """Writes a "lora" collection as a PEFT adapter.
 
     lora: by path ("…/up_proj/a"). rules: table of the model. base: name of the base model.
+    renames: the family's MEMORY_NAMES.
 
     Raises:
         ConversionError: an adapter has no rule.
     """
     stems = {path.rpartition("/")[0] for path in lora}
     table = adapter_rules(rules, stems)
-    tensors = export_tensors(lora, table)
-    modules = sorted(
+    # By their names in memory, as peft itself writes them.
+    tensors = {
+        _PREFIX + _in_memory(key.removeprefix(_PREFIX), renames): tensor
+        for key, tensor in export_tensors(lora, table).items()
+    }
+    modules = {
         key.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
         for key in tensors
         if key.endswith(".lora_A.weight")
-    )
+    }
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -71,18 +93,22 @@ def write_adapter(
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "target_modules": modules,
+        "target_modules": sorted(modules),
     }
     write_checkpoint(folder, tensors, max_shard_bytes=1 << 62, name=WEIGHTS)
     (Path(folder) / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
 
 
 def read_adapter(
-    folder: str | Path, rules: Sequence[Rule], expected: Mapping[str, Any]
+    folder: str | Path,
+    rules: Sequence[Rule],
+    expected: Mapping[str, Any],
+    renames: Mapping[str, str] = NO_RENAMES,
 ) -> tuple[dict[str, Any], float]:
     """Reads a PEFT adapter as the "lora" collection of a model.
 
     rules: table of the model. expected: its "lora" collection, or shapes of it (unboxed).
+    renames: the family's MEMORY_NAMES; names as in checkpoints and as in memory are read.
     Returns: (lora, alpha).
 
     Raises:
@@ -102,8 +128,15 @@ def read_adapter(
         raise ConversionError(f"{path}: only plain LoRA can be read, without DoRA and rsLoRA")
     flat = traverse_util.flatten_dict(expected, sep="/")
     table = adapter_rules(rules, {path.rpartition("/")[0] for path in flat})
-    tensors = Checkpoint(folder / WEIGHTS)
-    return import_params(tensors, table, expected, name=str(folder / WEIGHTS)), alpha
+    known = {key for rule in table for key, _ in rule.pairs()}
+    tensors = {
+        key if key in known else _PREFIX + _in_checkpoint(key.removeprefix(_PREFIX), renames): value
+        for key, value in Checkpoint(folder / WEIGHTS).items()
+    }
+    # peft keeps a copy of an adapted head's own weight.
+    ignore = (r".*\.base_layer\.weight",)
+    name = str(folder / WEIGHTS)
+    return import_params(tensors, table, expected, ignore=ignore, name=name), alpha
 
 
 def alpha_of(directory: str | Path) -> float:

@@ -1,8 +1,10 @@
 """Which convert module reads which checkpoint. To add a family: write its module, list it here.
 
 Each module has ARCHITECTURES (names in config.json "architectures"), IGNORE, make_model, rules,
-init and load_processor; one whose release has no such config.json has `matches(folder)` too, and
-one whose release has checkpoints of other families in sub-folders names those in PARTS.
+init and load_processor. One whose release has no such config.json has `matches(folder)` too; one
+whose release has checkpoints of other families in sub-folders names those in PARTS; one whose
+reference calls modules otherwise in memory than in checkpoints has MEMORY_NAMES: beginnings in
+memory -> in checkpoints, of which the first that fits counts.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import difflib
 import functools
 import importlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -76,6 +79,11 @@ def _architectures(folder: Path) -> list[str] | None:
     except (ValueError, AttributeError) as error:
         raise ConversionError(f"{path} is not a config ({error}); download it again") from error
     return [str(name) for name in named]
+
+
+def memory_names(family: ModuleType) -> Mapping[str, str]:
+    """MEMORY_NAMES of a family, or none."""
+    return getattr(family, "MEMORY_NAMES", {})
 
 
 def make_model(family: ModuleType, folder: str | Path, **types: Any) -> nn.Module:

@@ -134,7 +134,10 @@ def export(source: str, target: str, lora: str = "merged") -> None:
             raise ConversionError(f"{folder} has no adapters to write; use --lora=merged")
         alpha = adapters.alpha_of(folder / stored.PARAMS)
         with appearing(Path(target)) as partial:
-            adapters.write_adapter(partial, lora_params, table, alpha=alpha, base=str(folder))
+            renames = families.memory_names(family)
+            adapters.write_adapter(
+                partial, lora_params, table, alpha=alpha, base=str(folder), renames=renames
+            )
         return
     parts = [part for part in parts_of(family) if stored.is_converted(folder / part)]
     tensors = {part: _plain_tensors(folder / part) for part in (".", *parts)}

@@ -14,6 +14,8 @@ ARCHITECTURES = (
     "Qwen2_5OmniThinkerForConditionalGeneration",
 )
 IGNORE = (r"talker\..*", r"token2wav\..*", r"(thinker\.)?visual\..*")
+# How transformers 5 calls modules of the thinker in memory -> in checkpoints.
+MEMORY_NAMES = {"model.language_model.": "model.", "lm_head": "lm_head", "model.": ""}
 # The same two arguments as Qwen2-Audio's.
 init = qwen2_audio.init
 

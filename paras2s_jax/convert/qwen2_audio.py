@@ -14,6 +14,12 @@ from paras2s_jax.models.qwen2_audio import Qwen2Audio, Qwen2AudioConfig
 
 ARCHITECTURES = ("Qwen2AudioForConditionalGeneration",)
 IGNORE: tuple[str, ...] = ()
+# How transformers 5 calls modules in memory -> in checkpoints.
+MEMORY_NAMES = {
+    "model.language_model.": "language_model.model.",
+    "lm_head": "language_model.lm_head",
+    "model.": "",
+}
 
 
 def make_model(folder: Path, **types) -> Qwen2Audio:

@@ -13,6 +13,7 @@ from paras2s_jax.convert import adapters, families, folders, from_pretrained
 from paras2s_jax.convert.rules import ConversionError
 from paras2s_jax.convert.stored import load_params, save_params
 from paras2s_jax.models.lora import LoRA, merge_lora
+from paras2s_jax.models.placement import unbox
 
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 5))
 LORA = LoRA(rank=3, alpha=12.0, targets=("q_proj", "v_proj", "down_proj"))
@@ -130,3 +131,47 @@ def test_adapters_that_cannot_be_read(trained, tmp_path):
 def test_an_adapter_of_no_kernel():
     with pytest.raises(ConversionError, match="adapters without a kernel: x"):
         adapters.merged({"y/kernel": np.ones(1)}, {"x/a": np.ones(1), "x/b": np.ones(1)}, 1.0)
+
+
+def peft_modules(model) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """(A, B) of every adapted module."""
+    return {
+        name: tuple(x["default"].weight.detach().numpy() for x in (layer.lora_A, layer.lora_B))
+        for name, layer in model.named_modules()
+        if hasattr(layer, "lora_A")
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [
+        ("qwen2_audio", ("q_proj", "out_proj", "fc2", "linear", "lm_head")),
+        ("qwen2_5_omni", ("k_proj", "v_proj", "fc1", "down_proj", "lm_head")),
+    ],
+)
+def test_models_whose_modules_are_called_otherwise_in_memory(release, tmp_path, name, targets):
+    folder, _ = release(name)
+    family = families.load(name)
+    base = getattr(transformers, family.ARCHITECTURES[-1]).from_pretrained(folder)
+    config = peft.LoraConfig(
+        r=2, lora_alpha=3, target_modules=list(targets), init_lora_weights=False,
+        exclude_modules=r".*visual.*",
+    )  # fmt: skip
+    adapted = peft.get_peft_model(base, config)
+    adapted.save_pretrained(tmp_path / "peft")
+    want = peft_modules(adapted)
+    model, params, _ = from_pretrained(folder)
+    model = model.clone(lora=LoRA(2, 3.0, targets), audio_lora=LoRA(2, 3.0, targets))
+    boxed = families.abstract_variables(family, model)["lora"]
+    rules, renames = family.rules(model.config), family.MEMORY_NAMES
+    lora, alpha = adapters.read_adapter(tmp_path / "peft", rules, unbox(boxed), renames)
+    # And back: peft finds every module and tensor again.
+    folders.convert(str(folder), str(tmp_path / "c"))
+    save_params(tmp_path / "c" / "params", {"params": params, "lora": lora}, {"lora": {"alpha": 3}})
+    folders.export(str(tmp_path / "c"), str(tmp_path / "a"), lora="adapter")
+    base = getattr(transformers, family.ARCHITECTURES[-1]).from_pretrained(folder)
+    got = peft_modules(peft.PeftModel.from_pretrained(base, tmp_path / "a"))
+    assert alpha == 3 and got.keys() == want.keys() and len(got) > 5
+    for key, parts in want.items():
+        for a, b in zip(got[key], parts, strict=True):
+            np.testing.assert_array_equal(a, b, err_msg=key)

@@ -63,20 +63,8 @@ def thinker_reference():
 # Family: its table, its reference, and how names in memory become those of a checkpoint.
 FAMILIES = {
     "qwen2": (qwen2, qwen2_reference, {}),
-    "qwen2_audio": (
-        qwen2_audio,
-        qwen2_audio_reference,
-        {
-            "model.language_model.": "language_model.model.",
-            "lm_head": "language_model.lm_head",
-            "model.": "",
-        },
-    ),
-    "thinker": (
-        qwen2_5_omni,
-        thinker_reference,
-        {"model.language_model.": "model.", "model.": ""},
-    ),
+    "qwen2_audio": (qwen2_audio, qwen2_audio_reference, qwen2_audio.MEMORY_NAMES),
+    "thinker": (qwen2_5_omni, thinker_reference, qwen2_5_omni.MEMORY_NAMES),
 }
 CASES = [
     ("qwen2", ("q_proj", "v_proj"), 2, 5.0),
