@@ -1,14 +1,11 @@
 """The table of emotion2vec: released sizes, back again, and config files that do not fit."""
 
-import functools
 import json
 import shutil
 
-import jax
 import numpy as np
 import pytest
 import yaml
-from flax import linen as nn
 
 from paras2s_jax.convert import emotion2vec as table
 from paras2s_jax.convert.rules import (
@@ -19,12 +16,7 @@ from paras2s_jax.convert.rules import (
     import_params,
     write_checkpoint,
 )
-from tests.models.emotion2vec_test import CASES, GOLDENS
-
-
-def expected_params(model):
-    boxed = jax.eval_shape(functools.partial(table.init, model), jax.random.key(0))
-    return nn.meta.unbox(boxed)["params"]
+from tests.models.emotion2vec_test import CASES, GOLDENS, expected_params
 
 
 @pytest.mark.parametrize("name", ["plus_base", "plus_large"])

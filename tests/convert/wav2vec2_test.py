@@ -1,15 +1,12 @@
 """The table of wav2vec 2.0: released sizes, both spellings of weight norm, and back again."""
 
-import functools
 import json
 
-import jax
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
 import transformers
-from flax import linen as nn
 
 from paras2s_jax.convert import wav2vec2 as table
 from paras2s_jax.convert.rules import (
@@ -19,7 +16,7 @@ from paras2s_jax.convert.rules import (
     import_params,
     write_checkpoint,
 )
-from tests.models.wav2vec2_test import CONFIGS, SIZES, AgeGenderModel
+from tests.models.wav2vec2_test import CONFIGS, SIZES, AgeGenderModel, expected_params
 
 # config.json of facebook/wav2vec2-large-robust where it differs from the defaults, which are
 # those of facebook/wav2vec2-base (transformers: Wav2Vec2Config).
@@ -39,11 +36,6 @@ def old_spelling(key: str) -> str:
     for new, old in (("original0", "weight_g"), ("original1", "weight_v")):
         key = key.replace(f"parametrizations.weight.{new}", old)
     return key
-
-
-def expected_params(model):
-    boxed = jax.eval_shape(functools.partial(table.init, model), jax.random.key(0))
-    return nn.meta.unbox(boxed)["params"]
 
 
 def make_folder(folder, config, architecture, **more):

@@ -42,12 +42,12 @@ NAMES = {"hap": "happy", "exc": "happy", "ang": "angry"}
 
 
 def spread(model, family):
-    """Parameters far enough from their start that sounds are told apart."""
-    params = nn.meta.unbox(jax.jit(functools.partial(family.init, model))(jax.random.key(0)))
-    leaves, tree = jax.tree.flatten(params["params"])
+    """Parameters with which sounds are told apart."""
+    boxed = jax.eval_shape(functools.partial(family.init, model), jax.random.key(0))
     rng = np.random.default_rng(0)
-    leaves = [np.asarray(x) + 0.3 * rng.normal(size=x.shape).astype(np.float32) for x in leaves]
-    return jax.tree.unflatten(tree, leaves)
+    return jax.tree.map(
+        lambda x: 0.3 * rng.normal(size=x.shape).astype(np.float32), nn.meta.unbox(boxed)["params"]
+    )
 
 
 def published(model, family, names):
