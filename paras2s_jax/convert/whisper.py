@@ -5,7 +5,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from paras2s_jax.convert.rules import CONV1D, LINEAR, Rule
+from paras2s_jax.convert.rules import CONV1D, Rule, dense_rules, norm_rules
 from paras2s_jax.models.whisper import WhisperASR, WhisperConfig
 
 ARCHITECTURES = ("WhisperForConditionalGeneration",)
@@ -50,28 +50,17 @@ def load_processor(folder: Path):
     return kind.from_pretrained(folder, local_files_only=True)
 
 
-def _norm(key: str, path: str, over: range | None = None) -> list[Rule]:
-    return [
-        Rule(f"{key}.weight", f"{path}/scale", over=over),
-        Rule(f"{key}.bias", f"{path}/bias", over=over),
-    ]
-
-
-def _dense(key: str, path: str, over: range | None = None, use_bias: bool = True) -> list[Rule]:
-    kernel = Rule(f"{key}.weight", f"{path}/kernel", LINEAR, over)
-    return [kernel, Rule(f"{key}.bias", f"{path}/bias", over=over)] if use_bias else [kernel]
-
-
 def layer_rules(source: str, target: str, over: range, attentions: tuple[str, ...]) -> list[Rule]:
     """Rules of stacked layers; source has "{i}", target is the scanned module."""
-    table = _norm(f"{source}.final_layer_norm", f"{target}/final_layer_norm", over)
+    table = norm_rules(f"{source}.final_layer_norm", f"{target}/final_layer_norm", over)
     for name in ("fc1", "fc2"):
-        table += _dense(f"{source}.{name}", f"{target}/mlp/{name}", over)
+        table += dense_rules(f"{source}.{name}", f"{target}/mlp/{name}", over)
     for attention in attentions:
-        table += _norm(f"{source}.{attention}_layer_norm", f"{target}/{attention}_layer_norm", over)
+        name = f"{attention}_layer_norm"
+        table += norm_rules(f"{source}.{name}", f"{target}/{name}", over)
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
             key, path = f"{source}.{attention}.{name}", f"{target}/{attention}/{name}"
-            table += _dense(key, path, over, use_bias=name != "k_proj")
+            table += dense_rules(key, path, over, use_bias=name != "k_proj")
     return table
 
 
@@ -89,7 +78,7 @@ def encoder_rules(
         table.append(Rule(f"{prefix}{name}.bias", f"{target}{name}/bias"))
     over = range(config.encoder_layers)
     table += layer_rules(f"{prefix}layers.{{i}}", f"{target}layers", over, ("self_attn",))
-    return table + (_norm(f"{prefix}layer_norm", f"{target}layer_norm") if final_norm else [])
+    return table + (norm_rules(f"{prefix}layer_norm", f"{target}layer_norm") if final_norm else [])
 
 
 def asr_rules(config: WhisperConfig, *, prefix: str = "model.") -> list[Rule]:
@@ -103,12 +92,12 @@ def asr_rules(config: WhisperConfig, *, prefix: str = "model.") -> list[Rule]:
     over = range(config.decoder_layers)
     attentions = ("self_attn", "encoder_attn")
     table += layer_rules(f"{source}layers.{{i}}", f"{target}layers", over, attentions)
-    return table + _norm(f"{source}layer_norm", f"{target}layer_norm")
+    return table + norm_rules(f"{source}layer_norm", f"{target}layer_norm")
 
 
 def classification_rules(config: WhisperConfig) -> list[Rule]:
     """Table of a WhisperForAudioClassification without weighted layer sum."""
     table = encoder_rules(config, prefix="encoder.", target="encoder/")
     for name in ("projector", "classifier"):
-        table += _dense(name, name)
+        table += dense_rules(name, name)
     return table
