@@ -62,6 +62,7 @@ def _user_errors() -> tuple[type[Exception], ...]:
     from paras2s_jax.convert.rules import ConversionError
     from paras2s_jax.data.batches import ManifestError
     from paras2s_jax.data.records import RecordError
+    from paras2s_jax.data.tiktoken_vocabulary import VocabularyError
     from paras2s_jax.judge.ledger import LedgerError
     from paras2s_jax.stages.registry import StageError
     from paras2s_jax.train.checkpoint import CheckpointError
@@ -75,6 +76,7 @@ def _user_errors() -> tuple[type[Exception], ...]:
         ManifestError,
         RecordError,
         StageError,
+        VocabularyError,
         FileNotFoundError,
     )
 

@@ -109,9 +109,10 @@ class PolicySystem:
         mark, rows = out_dir / "identity.json", out_dir / "responses.jsonl"
         if mark.is_file() and json.loads(mark.read_text(encoding="utf-8")) == identity:
             found = read_jsonl(rows, Response, partial_tail=True) if rows.is_file() else []
-            return {
-                (row.query_id, row.sample): row for row in found if (out_dir / row.wav).is_file()
-            }
+            kept = [row for row in found if (out_dir / row.wav).is_file()]
+            if len(kept) < len(found):
+                write_jsonl(rows, kept)
+            return {(row.query_id, row.sample): row for row in kept}
         out_dir.mkdir(parents=True, exist_ok=True)
         rows.unlink(missing_ok=True)
         partial = mark.with_suffix(".partial")

@@ -46,7 +46,7 @@ class TiktokenVocabulary:
 
     Text is never read as a special token, whatever it contains.
 
-    special_tokens: their ids by name.
+    special_tokens: ids by name.
     """
 
     def __init__(self, ranks: dict[bytes, int], special_tokens: dict[str, int], name: str = "kimi"):
@@ -59,12 +59,14 @@ class TiktokenVocabulary:
             name=name,
             pat_str=SPLIT_PATTERN,
             mergeable_ranks=ranks,
-            special_tokens=special_tokens,
+            special_tokens={},
         )
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> "TiktokenVocabulary":
-        """Reads tiktoken.model and, where there is one, tokenizer_config.json beside it.
+        """Reads tiktoken.model and the ids in tokenizer_config.json, where that lies beside it.
+
+        Special tokens that it does not list have the released places in the block.
 
         Raises:
             FileNotFoundError: the folder has no tiktoken.model.
@@ -75,9 +77,8 @@ class TiktokenVocabulary:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such vocabulary; it comes with the checkpoint")
         ranks = read_ranks(path)
-        special_tokens = _named_tokens(folder / CONFIG_FILE)
-        if not special_tokens:
-            special_tokens = {name: len(ranks) + at for name, at in SPECIAL_OFFSETS.items()}
+        special_tokens = {name: len(ranks) + at for name, at in SPECIAL_OFFSETS.items()}
+        special_tokens |= _named_tokens(folder / CONFIG_FILE)
         taken = [name for name, token_id in special_tokens.items() if token_id < len(ranks)]
         if taken:
             raise VocabularyError(

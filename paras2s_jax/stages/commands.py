@@ -136,5 +136,29 @@ COMMANDS: dict[str, Command] = {
             ),
             Lazy("paras2s_jax.convert.folders", "export"),
         ),
+        Command(
+            "respond",
+            "a converted Kimi-Audio answers wavs with wavs",
+            (
+                Flag("checkpoint", "folder of a converted Kimi-Audio"),
+                Flag("input", "a wav, a folder of wavs, or queries.jsonl", argument="source"),
+                Flag("output", "gets responses.jsonl and the wavs it names", argument="target"),
+                Flag("audio_temperature", "0 takes the likeliest", 0.8, float),
+                Flag("audio_top_k", "0 draws from all", 10, int),
+                Flag("text_temperature", "0 takes the likeliest", 0.0, float),
+                Flag("text_top_k", "0 draws from all", 5, int),
+                Flag("max_steps", "longest answer, 12.5 a second; 0: as released", 0, int),
+                Flag("num_samples", "answers per query", 1, int),
+                Flag("batch_size", "queries answered at one time", 8, int),
+                Flag("seed", "of the sampling", 0, int),
+                Flag(
+                    "dtype",
+                    "in which the networks compute",
+                    "bfloat16",
+                    choices=("bfloat16", "float32"),
+                ),
+            ),
+            Lazy("paras2s_jax.stages.respond", "run"),
+        ),
     )
 }

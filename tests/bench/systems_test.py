@@ -52,6 +52,15 @@ def test_policy_answers_every_query_in_fixed_shapes(asked, tmp_path):
         assert len(wave_lib.load(tmp_path / "p" / row.wav)) == 4800
 
 
+def test_answers_are_written_at_their_own_rate(asked, tmp_path):
+    queries, root = asked
+    found = policy(Echo(), rate_hz=24_000).respond(queries, root, tmp_path / "p")
+    for row in found:
+        # The 4800 samples of 0.3 s at 16 kHz come back, called 24 kHz.
+        assert row.dur_s == 0.2
+        assert soundfile.info(tmp_path / "p" / row.wav).samplerate == 24_000
+
+
 def test_stopped_policy_continues_to_the_same_answers(asked, tmp_path):
     queries, root = asked
     whole = policy(Echo()).respond(queries, root, tmp_path / "whole")
@@ -65,6 +74,7 @@ def test_stopped_policy_continues_to_the_same_answers(asked, tmp_path):
     assert policy(echo).respond(queries, root, tmp_path / "cut") == whole
     assert len(echo.shapes) == 3
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    assert sorted(read_jsonl(rows, Response), key=str) == sorted(whole, key=str)
     again = Echo()
     assert policy(again).respond(queries, root, tmp_path / "cut") == whole
     assert again.shapes == []

@@ -99,6 +99,9 @@ def test_special_tokens_follow_the_pairs_unless_the_config_says_where(folder, tm
     assert TiktokenVocabulary.load(tmp_path).special_tokens["<|im_media_end|>"] == 420
     config.write_text(json.dumps({"model_max_length": 8192}))
     assert TiktokenVocabulary.load(tmp_path).special_tokens["<|im_media_end|>"] == 350
+    config.write_text(json.dumps({"added_tokens_decoder": {"345": {"content": "[USED]"}}}))
+    found = TiktokenVocabulary.load(tmp_path).special_tokens
+    assert found["[USED]"] == 345 and found["<|im_media_end|>"] == 350
     config.write_text(json.dumps({"added_tokens_decoder": {"12": {"content": "[BOS]"}}}))
     with pytest.raises(VocabularyError, match=r"tokenizer_config\.json: .*'\[BOS\]' has id 12"):
         TiktokenVocabulary.load(tmp_path)
