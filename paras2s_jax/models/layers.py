@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from paras2s_jax.models import axes
-from paras2s_jax.models.attention import attend
+from paras2s_jax.models.attention import SHORT, attend
 
 __all__ = [
     "KERNEL_INIT",
@@ -214,9 +214,13 @@ class Segment(NamedTuple):
 def attend_segments(q: jax.Array, segments: Sequence[Segment], scale: float | None = None):
     """Attention with one softmax over all segments; shared keys are never repeated.
 
-    q: float[B, T, N, H]. Returns: as q.
+    q: float[B, T, N, H]. Returns: as q. A single segment of more than SHORT keys, one row per query
+    row, is attended to as `attend` does.
     """
     rows, steps, heads, width = q.shape
+    if len(segments) == 1 and segments[0].k.shape[0] == rows and segments[0].k.shape[1] > SHORT:
+        k, v, mask = segments[0]
+        return attend(q, k, v, mask[:, None], scale)
     scale = width**-0.5 if scale is None else scale
     scores = [_segment_scores(q * scale, segment) for segment in segments]
     probs = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)

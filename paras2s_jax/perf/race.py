@@ -19,12 +19,16 @@ class RaceError(ValueError):
 class Race:
     """Seconds of the timed calls, in pairs, in order; load: the machine's load before and after.
 
-    compiled: how many programs the timed calls and the varied lengths compiled (should be 0).
+    ours_cpu_s, theirs_cpu_s: seconds of processor time of the same calls, which other work on the
+    machine hardly changes. compiled: how many programs the timed calls and those with other
+    lengths compiled (should be 0).
     """
 
     name: str
     ours_s: tuple[float, ...]
     theirs_s: tuple[float, ...]
+    ours_cpu_s: tuple[float, ...]
+    theirs_cpu_s: tuple[float, ...]
     load: tuple[float, float]
     compiled: int = 0
     extra: dict[str, float] = field(default_factory=dict)
@@ -40,11 +44,17 @@ class Race:
         pairs = zip(self.theirs_s, self.ours_s, strict=True)
         return statistics.median(theirs / ours for theirs, ours in pairs)
 
+    @property
+    def cpu_ratio(self) -> float:
+        """As ratio, in processor time; says nothing of work that waits or runs on a device."""
+        return min(self.theirs_cpu_s) / min(self.ours_cpu_s)
+
     def figures(self) -> dict[str, float]:
         """The race's entries in a summary, by name."""
         return {
             f"{self.name}/ratio": self.ratio,
             f"{self.name}/median_ratio": self.median_ratio,
+            f"{self.name}/cpu_ratio": self.cpu_ratio,
             f"{self.name}/ours_ms": 1e3 * min(self.ours_s),
             f"{self.name}/theirs_ms": 1e3 * min(self.theirs_s),
             f"{self.name}/load": max(self.load),
@@ -59,18 +69,20 @@ def race(
 
     theirs must return when its work is done, as torch on a CPU does.
     """
-    seconds: dict[Callable, list[float]] = {ours: [], theirs: []}
+    calls = (ours, theirs)
+    wall, processor = ([], []), ([], [])
     before = os.getloadavg()[0]
     with compilations() as compiled:
         for turn in range(warmup + repeats):
             if turn == warmup:
                 compiled.clear()
-            for call, times in seconds.items():
-                start = time.perf_counter()
+            for call, wall_s, cpu_s in zip(calls, wall, processor, strict=True):
+                start, start_cpu = time.perf_counter(), time.process_time()
                 jax.block_until_ready(call())
-                times.append(time.perf_counter() - start)
+                wall_s.append(time.perf_counter() - start)
+                cpu_s.append(time.process_time() - start_cpu)
     load = (before, os.getloadavg()[0])
-    timed = [tuple(times[warmup:]) for times in seconds.values()]
+    timed = [tuple(times[warmup:]) for times in (*wall, *processor)]
     return Race(name, *timed, load, len(compiled))
 
 

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from paras2s_jax.models import attention
+from paras2s_jax.train import sharding
 
 ROWS, STEPS, KEYS, HEADS, KV_HEADS, WIDTH = 2, 7, 11, 6, 2, 5
 
@@ -139,3 +140,16 @@ def test_tpu_kernel_interpreted(mask):
     with pltpu.force_tpu_interpret_mode():
         got = jax.jit(attention.pallas_flash)(q, k, v, mask)
     np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_tpu_kernel_spreads_rows_and_heads_over_the_mesh():
+    q, k, v = (x.astype(jnp.bfloat16) for x in _inputs(steps=1500, keys=1500))
+    mask = np.ones((ROWS, 1, 1, 1500), bool)
+    # 2 rows over 2 devices; 6 heads do not go over 4, so every device has them all.
+    mesh = sharding.make_mesh({"data": 2, "tensor": 4})
+    rules = [("act_batch", ("data", "fsdp")), ("act_heads", "tensor")]
+    with sharding.activate(mesh, rules):
+        traced = jax.jit(attention.pallas_flash).trace(q, k, v, mask)
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    # The kernel works on one row of 6 heads and 1500 positions, filled up to blocks.
+    assert "tpu_custom_call" in text and "tensor<1x6x1536x5xbf16>" in text

@@ -143,3 +143,15 @@ def test_segments_share_one_softmax_and_never_mix_rows(group):
     seen = np.repeat(np.repeat(shared_mask, group, 0)[:, None], 3, 1)
     mask = np.concatenate([seen, np.repeat(own_mask[None], rows, 0)], axis=-1)
     np.testing.assert_allclose(got, _attention_by_hand(q, k, v, mask), atol=1e-5)
+
+
+def test_long_segment_is_attended_to_in_blocks():
+    rng = np.random.default_rng(2)
+    q = rng.normal(size=(1, 600, 4, 6)).astype(np.float32)
+    k, v = rng.normal(size=(2, 1, 600, 2, 6)).astype(np.float32)
+    mask = np.tril(np.ones((1, 600, 600), bool))
+    mask[:, 1:, 0] = False
+    segment = layers.Segment(jnp.asarray(k), jnp.asarray(v), jnp.asarray(mask))
+    got = jax.jit(lambda q, s: layers.attend_segments(q, [s]))(q, segment)
+    want = jax.jit(jax.nn.dot_product_attention)(q, k, v, mask=mask[:, None])
+    np.testing.assert_allclose(got, want, atol=1e-5)
