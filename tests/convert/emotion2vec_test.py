@@ -3,11 +3,14 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from paras2s_jax.convert import emotion2vec as table
+from paras2s_jax.convert import folders, from_pretrained
 from paras2s_jax.convert.rules import (
     Checkpoint,
     ConversionError,
@@ -41,6 +44,29 @@ def test_export_inverts_import(name):
     assert set(back) == set(tensors)
     for key, value in tensors.items():
         np.testing.assert_array_equal(back[key], value)
+
+
+def test_torch_file_goes_there_and_back(tmp_path):
+    source, there, back = tmp_path / "source", tmp_path / "there", tmp_path / "back"
+    source.mkdir()
+    for file in ("config.yaml", "tokens.txt"):
+        shutil.copy(GOLDENS / "base" / file, source)
+    tensors = dict(Checkpoint(GOLDENS / "base"))
+    decoder = {"d2v_model.modality_encoders.AUDIO.decoder.proj.bias": np.ones(3, np.float32)}
+    state = {key: torch.tensor(value) for key, value in {**tensors, **decoder}.items()}
+    torch.save({"model": state, "epoch": 3}, source / "model.pt")
+    folders.convert(str(source), str(there))
+    model, params, processor = from_pretrained(there)
+    assert model.config.prefix == "d2v_model." and len(processor.labels) == 9
+    wave = np.load(GOLDENS / "base" / "io.npz")["2/wave"]
+    logits, _ = jax.jit(model.apply)({"params": params}, **processor([wave]))
+    want = np.load(GOLDENS / "base" / "io.npz")["2/logits"]
+    np.testing.assert_allclose(logits[0], want, atol=1e-4)
+    folders.export(str(there), str(back))
+    exported = Checkpoint(back)
+    assert set(exported) == set(tensors)
+    for key, value in tensors.items():
+        np.testing.assert_array_equal(exported[key], value)
 
 
 def test_head_without_its_labels_is_told(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 
+from paras2s_jax.convert import folders
 from paras2s_jax.convert import wav2vec2 as table
 from paras2s_jax.convert.rules import (
     Checkpoint,
@@ -86,6 +87,25 @@ def test_export_inverts_import(tmp_path, name, dtype, spelling):
     for key, value in tensors.items():
         assert back[key].dtype == value.dtype
         np.testing.assert_array_equal(back[key], value)
+
+
+def test_old_names_go_there_and_back(tmp_path):
+    source, there, back = tmp_path / "source", tmp_path / "there", tmp_path / "back"
+    hf = transformers.Wav2Vec2ForSequenceClassification(transformers.Wav2Vec2Config(**SIZES))
+    tensors = {old_spelling(key): value.numpy() for key, value in hf.state_dict().items()}
+    source.mkdir()
+    make_folder(source, hf.config, type(hf).__name__)
+    write_checkpoint(source, tensors)
+    folders.convert(str(source), str(there))
+    folders.export(str(there), str(back))
+    exported = Checkpoint(back)
+    assert set(exported) == set(tensors)
+    for key, value in tensors.items():
+        np.testing.assert_array_equal(exported[key], value)
+    # transformers reads either spelling.
+    again = transformers.Wav2Vec2ForSequenceClassification.from_pretrained(back)
+    for key, value in hf.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key
 
 
 @pytest.mark.parametrize(
