@@ -142,3 +142,18 @@ def test_power_of_a_cosine_sits_in_its_bin():
     power = mel.power_spectrogram(waves, window=np.ones(400))
     assert power.shape == (1, 1, 201)
     np.testing.assert_allclose(power[0, 0], np.where(np.arange(201) == 10, 40_000, 0), atol=1)
+
+
+def test_mirrored_rows_are_what_the_extractor_gives_them_alone():
+    lens = np.array([16_000, 24_000, 9_999], np.int32)
+    rng = np.random.default_rng(3)
+    # Noise behind the end, which must not be heard, and loud ends, which set the clamped range.
+    waves = rng.normal(size=(3, 24_000)).astype(np.float32) * np.linspace(1e-4, 1, 24_000)
+    mirrored, len_frames = jax.jit(mel.whisper_log_mel, static_argnames="mirror_ends")(
+        waves.astype(np.float32), lens, mirror_ends=True
+    )
+    assert len_frames.tolist() == [100, 150, 62]
+    for row, size in enumerate(lens):
+        alone, _ = log_mel(waves[row : row + 1, :size].astype(np.float32))
+        np.testing.assert_allclose(mirrored[row, : size // 160], alone[0], atol=1e-5)
+        assert not mirrored[row, size // 160 :].any()

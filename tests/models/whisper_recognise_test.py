@@ -144,7 +144,7 @@ def test_short_audio_with_times_equals_transformers():
 
 def test_no_speech_is_left_out_as_in_transformers():
     hf, model, variables, ids = speaking(LONG, num_words=30, seed=6)
-    features = features_of(LONG, 1, 240, seed=4)
+    features = features_of(LONG, 1, 200, seed=4)
     options = {"language": "en", "task": "transcribe", "max_new_tokens": 16}
     (all_heard,) = recognise_lib.recognise(
         model, variables, features, ids=ids, fallback=GREEDY, **options
@@ -290,7 +290,7 @@ def test_waves_at_the_edges_equal_transformers(tmp_path):
     expected = hf.generate(short, return_segments=True, return_timestamps=False, **options)[
         "segments"
     ]
-    assert len({row.tokens for row in heard}) > 4
+    assert len({row.tokens for row in heard}) > 3
     for row, wanted in zip(heard[1:6], expected):
         compare_segments(row, wanted)
     # No samples are a silence.
