@@ -21,7 +21,13 @@ from paras2s_jax.models.layers import KERNEL_INIT, Dense, LayerNorm
 from paras2s_jax.models.lora import NO_LORA, LoRA
 from paras2s_jax.models.qwen2 import Qwen2Config
 from paras2s_jax.models.qwen2_audio import POOL, Qwen2Audio, pick, text_config
-from paras2s_jax.models.whisper_layers import EncoderLayer, WhisperConfig, scan_layers, sinusoids
+from paras2s_jax.models.whisper_layers import (
+    EncoderLayer,
+    WhisperConfig,
+    mel_conv,
+    scan_layers,
+    sinusoids,
+)
 
 
 @dataclass(frozen=True)
@@ -122,8 +128,10 @@ class OmniAudioEncoder(nn.Module):
         room = ((0, 0), (0, -num_frames % window))
         mask = jnp.pad(mask, room).reshape(-1, window)
         mel = jnp.pad(mel, (*room, (0, 0))).reshape(*mask.shape, -1)
-        x = nn.gelu(self._conv("conv1", 1)(_hide(mel, mask)), approximate=False)
-        x = nn.gelu(self._conv("conv2", 2)(_hide(x, mask)), approximate=False)
+        conv1 = mel_conv(c.d_model, 1, (1, 1), *types, "conv1")
+        conv2 = mel_conv(c.d_model, 2, (1, 1), *types, "conv2")
+        x = nn.gelu(conv1(_hide(mel, mask)), approximate=False)
+        x = nn.gelu(conv2(_hide(x, mask)), approximate=False)
         x = x + jnp.asarray(sinusoids(c.max_source_positions, c.d_model)[: x.shape[1]], x.dtype)
         mask = mask[:, ::2]
         stack = scan_layers(
@@ -149,21 +157,6 @@ class OmniAudioEncoder(nn.Module):
         init = nn.with_logical_partitioning(KERNEL_INIT, (None, axes.EMBED))
         self.param("audio_bos_eos_token", init, (2, c.output_dim), self.param_dtype)
         return _hide(x, mask), {"mask": mask}
-
-    def _conv(self, name: str, stride: int) -> nn.Conv:
-        init = nn.with_logical_partitioning(KERNEL_INIT, (None, axes.FEATURES, axes.EMBED))
-        bias = nn.with_logical_partitioning(nn.initializers.zeros, (axes.EMBED,))
-        return nn.Conv(
-            self.config.d_model,
-            kernel_size=(3,),
-            strides=stride,
-            padding=1,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            kernel_init=init,
-            bias_init=bias,
-            name=name,
-        )
 
 
 def _hide(x: jax.Array, mask: jax.Array) -> jax.Array:

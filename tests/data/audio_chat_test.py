@@ -4,10 +4,10 @@ import json
 
 import numpy as np
 import pytest
+import soundfile
 import tokenizers
 import transformers
 
-from paras2s_jax.audio import wave
 from paras2s_jax.data.audio_chat import QWEN2_AUDIO_TEMPLATE, AudioChat, num_slots
 
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -163,9 +163,24 @@ def test_edges_of_audio(ours, theirs, size):
         np.testing.assert_allclose(found["input_features"], wanted["input_features"], atol=1e-4)
 
 
-def test_sound_files_are_resampled_to_mono(ours, tmp_path):
-    tone = np.sin(np.arange(24_000) * 0.05).astype(np.float32)
-    wave.save(tmp_path / "a.wav", tone, 48_000)
+def test_omni_hears_minutes(tmp_path):
+    """95 s, where the extractor's limit is 300 s as in Qwen2.5-Omni's release."""
+    save_tokenizer(tmp_path)
+    extractor = transformers.WhisperFeatureExtractor(feature_size=128, chunk_length=300)
+    extractor.save_pretrained(tmp_path)
+    ours = AudioChat.load(tmp_path, padding_side="left")
+    audio = np.random.default_rng(0).normal(size=95 * RATE_HZ).astype(np.float32)
+    found = ours("<|AUDIO|>", [audio])
+    assert found["input_ids"].shape == (1, 2375)
+    assert found["input_features"].shape == (1, 128, 9600)
+    wanted = extractor(audio, sampling_rate=RATE_HZ, return_tensors="np")["input_features"]
+    np.testing.assert_allclose(found["input_features"], wanted[..., :9600], atol=1e-4)
+
+
+@pytest.mark.parametrize("rate_hz", [8_000, 48_000])
+def test_sound_files_are_resampled_to_mono(ours, tmp_path, rate_hz):
+    tone = np.sin(np.arange(rate_hz // 2) * 0.05).astype(np.float32)
+    soundfile.write(tmp_path / "a.wav", np.stack([tone, -0.5 * tone], axis=1), rate_hz)
     part = heard(str(tmp_path / "a.wav"))
     found = ours.apply_chat_template([{"role": "user", "content": [part]}], tokenize=True)
     assert found["feature_attention_mask"].sum() == 50
