@@ -1,6 +1,8 @@
 """The processor against Qwen2AudioProcessor, and at the edges of audio."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -190,6 +192,24 @@ def test_replies_stop_at_their_length(ours):
     ids = ours.tokenizer("ab<|im_end|>cd", return_tensors="np")["input_ids"]
     assert ours.batch_decode(ids) == ["abcd"]
     assert ours.batch_decode(ids, np.array([2])) == ["ab"]
+
+
+def test_works_without_torch(folder):
+    program = f"""
+import sys
+sys.modules["torch"] = None
+import numpy as np
+from paras2s_jax.convert import qwen2_audio
+processor = qwen2_audio.load_processor({str(folder)!r})
+part = {{"type": "audio", "audio": np.sin(np.arange(800))}}
+chat = processor.apply_chat_template([{{"role": "user", "content": [part]}}], tokenize=True)
+print(chat["input_features"].shape, processor.batch_decode(chat["input_ids"]))
+"""
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    shape, _, text = result.stdout.splitlines()[-1].partition(" [")
+    assert shape == "(1, 128, 100)" and "Audio 1: \\n\\n" in text
 
 
 def test_mistakes_are_named(folder, ours, audios, tmp_path):
