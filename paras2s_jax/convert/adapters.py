@@ -66,7 +66,7 @@ def write_adapter(
     """Writes a "lora" collection as a PEFT adapter.
 
     lora: by path ("…/up_proj/a"). rules: table of the model. base: name of the base model.
-    renames: the family's MEMORY_NAMES.
+    renames: the family's memory_names.
 
     Raises:
         ConversionError: an adapter has no rule.
@@ -108,7 +108,7 @@ def read_adapter(
     """Reads a PEFT adapter as the "lora" collection of a model.
 
     rules: table of the model. expected: its "lora" collection, or shapes of it (unboxed).
-    renames: the family's MEMORY_NAMES; names as in checkpoints and as in memory are read.
+    renames: the family's memory_names; names as in checkpoints and as in memory are read.
     Returns: (lora, alpha).
 
     Raises:

@@ -3,8 +3,8 @@
 Each module has ARCHITECTURES (names in config.json "architectures"), IGNORE, make_model, rules,
 init and load_processor. One whose release has no such config.json has `matches(folder)` too; one
 whose release has checkpoints of other families in sub-folders names those in PARTS; one whose
-reference calls modules otherwise in memory than in checkpoints has MEMORY_NAMES: beginnings in
-memory -> in checkpoints, of which the first that fits counts.
+reference calls modules otherwise in memory than in checkpoints has memory_names(config):
+beginnings in memory -> in checkpoints, of which the first that fits counts.
 """
 
 from __future__ import annotations
@@ -81,9 +81,9 @@ def _architectures(folder: Path) -> list[str] | None:
     return [str(name) for name in named]
 
 
-def memory_names(family: ModuleType) -> Mapping[str, str]:
-    """MEMORY_NAMES of a family, or none."""
-    return getattr(family, "MEMORY_NAMES", {})
+def memory_names(family: ModuleType, config: Any) -> Mapping[str, str]:
+    """memory_names of a family, or none."""
+    return family.memory_names(config) if hasattr(family, "memory_names") else {}
 
 
 def make_model(family: ModuleType, folder: str | Path, **types: Any) -> nn.Module:

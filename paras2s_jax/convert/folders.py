@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import tqdm
@@ -16,7 +17,7 @@ import tqdm
 from paras2s_jax.convert import adapters, families, stored, torch_files
 from paras2s_jax.convert.checkpoint import INDEX, Checkpoint, ConversionError, write_checkpoint
 from paras2s_jax.convert.pretrained import KEPT_SUFFIXES, local_folder
-from paras2s_jax.convert.rules import Parameter, Rule, export_tensors, plan
+from paras2s_jax.convert.rules import Parameter, export_tensors, plan
 from paras2s_jax.models.placement import unbox
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -127,16 +128,20 @@ def export(source: str, target: str, lora: str = "merged") -> None:
         raise ConversionError(
             f"{folder} was not made by `paras2s convert`: it lacks {stored.PARAMS}/"
         )
-    family, table = _table_of(folder)
+    family, config = _family_and_config(folder)
     if lora == "adapter":
         lora_params = _adapters(folder)
         if not lora_params:
             raise ConversionError(f"{folder} has no adapters to write; use --lora=merged")
         alpha = adapters.alpha_of(folder / stored.PARAMS)
         with appearing(Path(target)) as partial:
-            renames = families.memory_names(family)
             adapters.write_adapter(
-                partial, lora_params, table, alpha=alpha, base=str(folder), renames=renames
+                partial,
+                lora_params,
+                family.rules(config),
+                alpha=alpha,
+                base=str(folder),
+                renames=families.memory_names(family, config),
             )
         return
     parts = [part for part in parts_of(family) if stored.is_converted(folder / part)]
@@ -148,9 +153,9 @@ def export(source: str, target: str, lora: str = "merged") -> None:
             _copy_beside(folder / part, partial / part)
 
 
-def _table_of(folder: Path) -> tuple[ModuleType, list[Rule]]:
+def _family_and_config(folder: Path) -> tuple[ModuleType, Any]:
     family = families.family_of(folder)
-    return family, family.rules(families.make_model(family, folder).config)
+    return family, families.make_model(family, folder).config
 
 
 def _adapters(folder: Path) -> dict[str, np.ndarray]:
@@ -163,7 +168,8 @@ def _plain_tensors(folder: Path) -> dict:
     params, lora_params = stored.Stored(folder / stored.PARAMS), _adapters(folder)
     if lora_params:
         params = adapters.merged(params, lora_params, adapters.alpha_of(folder / stored.PARAMS))
-    return export_tensors(params, _table_of(folder)[1])
+    family, config = _family_and_config(folder)
+    return export_tensors(params, family.rules(config))
 
 
 def parts_of(family: ModuleType) -> tuple[str, ...]:

@@ -14,8 +14,6 @@ ARCHITECTURES = (
     "Qwen2_5OmniThinkerForConditionalGeneration",
 )
 IGNORE = (r"talker\..*", r"token2wav\..*", r"(thinker\.)?visual\..*")
-# How transformers 5 calls modules of the thinker in memory -> in checkpoints.
-MEMORY_NAMES = {"model.language_model.": "model.", "lm_head": "lm_head", "model.": ""}
 # The same two arguments as Qwen2-Audio's.
 init = qwen2_audio.init
 
@@ -38,6 +36,19 @@ def rules(config: Qwen2_5OmniConfig) -> list[Rule]:
     table += norm_rules(f"{source}ln_post", f"{target}ln_post")
     table += dense_rules(f"{source}proj", f"{target}proj")
     return table + qwen2.rules(config.text, prefix=prefix, target="language_model/")
+
+
+def memory_names(config: Qwen2_5OmniConfig) -> dict[str, str]:
+    """How transformers 5 calls the thinker's modules in memory -> in checkpoints.
+
+    Of a whole release it is the thinker alone that gets adapters, as its own class loads it.
+    """
+    prefix = "thinker." if config.is_whole else ""
+    return {
+        "model.language_model.": f"{prefix}model.",
+        "lm_head": f"{prefix}lm_head",
+        "model.": prefix,
+    }
 
 
 def load_processor(folder: Path) -> AudioChat | None:

@@ -14,12 +14,6 @@ from paras2s_jax.models.qwen2_audio import Qwen2Audio, Qwen2AudioConfig
 
 ARCHITECTURES = ("Qwen2AudioForConditionalGeneration",)
 IGNORE: tuple[str, ...] = ()
-# How transformers 5 calls modules in memory -> in checkpoints.
-MEMORY_NAMES = {
-    "model.language_model.": "language_model.model.",
-    "lm_head": "language_model.lm_head",
-    "model.": "",
-}
 
 
 def make_model(folder: Path, **types) -> Qwen2Audio:
@@ -44,6 +38,15 @@ def init(model: Qwen2Audio, rng: jax.Array) -> Mapping[str, Any]:
     mel = np.zeros((1, 8, model.config.audio.num_mel_bins), np.float32)
     ids = np.full((1, 3), model.config.audio_token_index, np.int32)
     return model.init(rng, mel, ids, method="init_all")
+
+
+def memory_names(_config: Qwen2AudioConfig) -> dict[str, str]:
+    """How transformers 5 calls modules in memory -> in checkpoints."""
+    return {
+        "model.language_model.": "language_model.model.",
+        "lm_head": "language_model.lm_head",
+        "model.": "",
+    }
 
 
 def load_processor(folder: Path) -> AudioChat | None:

@@ -1,5 +1,7 @@
 """LoRA adapters: read by peft, written by peft, and folded in."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import numpy as np
@@ -163,7 +165,7 @@ def test_models_whose_modules_are_called_otherwise_in_memory(release, tmp_path, 
     model, params, _ = from_pretrained(folder)
     model = model.clone(lora=LoRA(2, 3.0, targets), audio_lora=LoRA(2, 3.0, targets))
     boxed = families.abstract_variables(family, model)["lora"]
-    rules, renames = family.rules(model.config), family.MEMORY_NAMES
+    rules, renames = family.rules(model.config), family.memory_names(model.config)
     lora, alpha = adapters.read_adapter(tmp_path / "peft", rules, unbox(boxed), renames)
     # And back: peft finds every module and tensor again.
     folders.convert(str(folder), str(tmp_path / "c"))
@@ -175,3 +177,24 @@ def test_models_whose_modules_are_called_otherwise_in_memory(release, tmp_path, 
     for key, parts in want.items():
         for a, b in zip(got[key], parts, strict=True):
             np.testing.assert_array_equal(a, b, err_msg=key)
+
+
+def test_adapters_of_a_whole_omni_are_those_of_its_thinker(release, tmp_path):
+    """The release has keys "thinker.…"; adapters are made and read for the thinker alone."""
+    family = families.load("qwen2_5_omni")
+    alone = family.make_model(release("qwen2_5_omni")[0]).clone(lora=LORA, audio_lora=LORA)
+    whole = dataclasses.replace(alone.config, is_whole=True)
+    shapes = unbox(families.abstract_variables(family, alone)["lora"])
+    rng = np.random.default_rng(0)
+    lora = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
+    flat = traverse_util.flatten_dict(lora, sep="/")
+    files = []
+    for name, config in (("alone", alone.config), ("whole", whole)):
+        rules, renames = family.rules(config), family.memory_names(config)
+        adapters.write_adapter(
+            tmp_path / name, flat, rules, alpha=4.0, base="omni", renames=renames
+        )
+        files.append([path.read_bytes() for path in sorted((tmp_path / name).iterdir())])
+        back, _ = adapters.read_adapter(tmp_path / "alone", rules, shapes, renames)
+        jax.tree.map(np.testing.assert_array_equal, back, lora)
+    assert files[0] == files[1]
