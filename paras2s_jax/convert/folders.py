@@ -117,6 +117,7 @@ def torch_file(source: Path) -> Path | None:
 def export(source: str, target: str, lora: str = "merged") -> None:
     """A converted (and perhaps trained) folder -> safetensors as they were released.
 
+    What conversion ignored (buffers, towers that no model here has) is not in it.
     lora: what becomes of adapters: "merged" into the weights, or alone as a PEFT "adapter".
 
     Raises:

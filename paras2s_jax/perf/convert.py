@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from paras2s_jax.convert.checkpoint import Checkpoint, write_checkpoint
-from paras2s_jax.stages.registry import Figures
+from paras2s_jax.stages.registry import Figures, StageError
 
 # A Qwen2 of about 2B width; as many layers as fill the size that is asked for.
 SIZES = {
@@ -32,6 +32,7 @@ SIZES = {
     "tie_word_embeddings": False,
 }
 SHARD_BYTES = 1 << 30
+STATUS = "/proc/self/status"
 
 
 def run(gb: float, scratch: str | None) -> Figures:
@@ -40,7 +41,12 @@ def run(gb: float, scratch: str | None) -> Figures:
     scratch: folder for both (twice `gb` of space), by default a temporary one.
     Returns: convert/peak_over_baseline_gb: largest resident size while converting minus that
     after the imports; convert/seconds, convert/gb_per_s, convert/checkpoint_gb.
+
+    Raises:
+        StageError: the system does not tell how much memory a process takes.
     """
+    if not Path(STATUS).is_file():
+        raise StageError(f"memory is read from {STATUS}, which there is on Linux only.")
     with _folder(scratch) as folder:
         source = folder / "released"
         write_release(source, gb)
@@ -120,7 +126,7 @@ def _resident_gb(field: str) -> float:
 
     Not from getrusage: its peak starts at that of the parent.
     """
-    text = Path("/proc/self/status").read_text()
+    text = Path(STATUS).read_text()
     return int(re.search(rf"{field}:\s*(\d+) kB", text).group(1)) * 1024 / 1e9
 
 

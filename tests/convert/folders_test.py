@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from paras2s_jax import cli
 from paras2s_jax.convert import families, folders, from_pretrained
-from paras2s_jax.convert.rules import Checkpoint, ConversionError
+from paras2s_jax.convert.rules import Checkpoint, ConversionError, write_checkpoint
 from paras2s_jax.convert.stored import load_params, released_names
 
 CLASSES = {
@@ -198,3 +198,16 @@ def test_names_of_the_release_are_known_in_every_form(release, tmp_path):
     folders.convert(str(folder), str(tmp_path / "to"))
     assert released_names(tmp_path / "to") == set(hf.state_dict())
     assert released_names(tmp_path) == set()
+
+
+def test_a_value_outside_of_the_type_stops_the_whole(release, tmp_path, capsys):
+    shutil.copytree(release("qwen2")[0], tmp_path / "from")
+    path = tmp_path / "from" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = 1e6
+    write_checkpoint(tmp_path / "from", tensors)
+    flags = [f"--from={tmp_path / 'from'}", f"--to={tmp_path / 'to'}", "--dtype=float16"]
+    assert call("convert", *flags) == 2
+    message = "paras2s: model.layers.1.mlp.up_proj.weight exceeds the range of float16; use"
+    assert message in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["from"]
