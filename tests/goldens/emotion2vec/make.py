@@ -1,4 +1,8 @@
-"""Makes the fixtures of this folder from funasr's own emotion2vec, and what their README tells.
+"""Makes the fixtures of this folder with funasr's own emotion2vec (1.4.16; torch 2.13).
+
+Each folder is laid out as a release. io.npz has four clips, as waves (i/wave), and what the model
+makes of each alone: frames (i/x), their mean (i/feats), scores (i/logits). The folders plus_base
+and plus_large hold no weights but the names and shapes of a release's tensors.
 
     pip download --no-deps funasr -d /tmp/funasr && unzip -d /tmp/funasr /tmp/funasr/funasr-*.whl
     pip install omegaconf
