@@ -45,6 +45,11 @@ def wavs(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def made(converted) -> kimi.KimiSystem:
+    return kimi.assemble(converted, text=GREEDY, audio=GREEDY, dtype="float32")
+
+
 def call(*args) -> int:
     return cli.main(["paras2s", *map(str, args)])
 
@@ -81,9 +86,8 @@ def test_export_brings_every_part_back(release, converted, tmp_path):
         assert all(np.array_equal(was[key], value) for key, value in now.items())
 
 
-def test_prompt_holds_what_the_fixtures_hear(converted):
+def test_prompt_holds_what_the_fixtures_hear(made):
     """Codes and features of a wave, out of the assembled front end, in one padded batch."""
-    made = kimi.assemble(converted, text=GREEDY, audio=GREEDY, max_steps=2, dtype="float32")
     codes_io = np.load(GOLDENS / "glm4_voice_tokenizer" / "io.npz")
     features_io = np.load(GOLDENS / "whisper_frontend" / "io.npz")
     waves = [features_io["ragged/wave"].reshape(-1), codes_io["batch2/wave1"].reshape(-1)]
@@ -140,9 +144,8 @@ def test_queries_of_a_jsonl_keep_their_ids(converted, wavs, tmp_path):
     assert all((tmp_path / "out" / response.wav).is_file() for response in responses)
 
 
-def test_the_release_limits_prompt_and_answer_together(converted, wavs):
+def test_the_release_limits_prompt_and_answer_together(made):
     """Without max_steps: 1500 tokens less the prompt's, of which 6 are no codes."""
-    made = kimi.assemble(converted, text=GREEDY, audio=GREEDY, dtype="float32")
     shapes = jax.eval_shape(
         lambda waves, lens: kimi.answer(
             made.policy, made.variables, made.frontend, waves, lens, jax.random.key(0)
