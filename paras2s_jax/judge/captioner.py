@@ -76,12 +76,14 @@ class ToneCaptioner:
         # A last, smaller batch is filled with copies of its first wave: its shape is compiled.
         filled = [*waves, *[waves[0]] * (self._batch_size - len(waves))]
         inputs = self._processor([text] * len(filled), filled, text_multiple=_TEXT_STEP)
+        # A reply ends with its turn, or with the whole text, which is what pads it.
+        tokenizer = self._processor.tokenizer
         out = generate(
             self._model,
             self._variables,
             **inputs,
             max_new_tokens=self.settings["max_new_tokens"],
-            eos_token_ids=(self._processor.tokenizer.eos_token_id,),
+            eos_token_ids=(tokenizer.eos_token_id, tokenizer.pad_token_id),
         )
         replies = self._processor.batch_decode(out.tokens, np.asarray(out.lens))
         ended = np.asarray(out.finished)

@@ -1,6 +1,7 @@
 """Qwen2.5-Omni's thinker against transformers, its own padding, and as the reward model."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -273,3 +274,30 @@ def test_config_of_other_models_is_refused(tmp_path):
     path.write_text('{"audio_config": {"output_dim": 8}, "text_config": {}}')
     with pytest.raises(ValueError, match=r"output_dim 8 is not text_config\.hidden_size 3584"):
         Qwen2_5OmniConfig.from_json(path)
+
+
+def test_config_as_released(tmp_path):
+    """Where transformers 4 wrote the rotary settings, with much that has no field here."""
+    rope = {"mrope_section": [16, 24, 24], "rope_type": "default", "type": "default"}
+    text = {
+        "model_type": "qwen2_5_omni_text",
+        "hidden_act": "silu",
+        "rope_scaling": rope,
+        "rope_theta": 500_000.0,
+        "max_window_layers": 28,
+        "sliding_window": 32_768,
+        "use_sliding_window": False,
+    }
+    thinker = {"audio_config": {"n_window": 50}, "text_config": text, "audio_token_index": 7}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"thinker_config": thinker, "talker_config": {}}))
+    config = Qwen2_5OmniConfig.from_json(path)
+    assert config.is_whole and config.audio_token_index == 7
+    assert (config.audio.n_window, config.audio.d_model, config.audio.output_dim) == (
+        50,
+        1280,
+        3584,
+    )
+    assert (config.text.rope_theta, config.text.mrope_section) == (500_000.0, (16, 24, 24))
+    assert (config.text.num_hidden_layers, config.text.vocab_size) == (28, 152_064)
+    assert not config.text.tie_word_embeddings and config.text.attention_bias
