@@ -90,6 +90,7 @@ class Qwen2Config:
         if wrong:
             raise ValueError(f"{where}: the model does not have {', '.join(wrong)}")
         made = {
+            "attention_bias": _DEFAULTS[kind]["attention_bias"],
             "num_key_value_heads": values.get("num_key_value_heads", values["num_attention_heads"]),
             "rope_theta": rope.get("rope_theta", values.get("rope_theta", _ROPE_THETA)),
             "rope_scaling": _scaling(rope, values),

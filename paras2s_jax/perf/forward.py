@@ -183,8 +183,8 @@ def run(races: str = ",".join(RACES), threads: int = 1) -> Figures:
         result = RACES[name]()
         made = result.figures()
         print(
-            f"{name}: {result.ratio:.2f} times the reference's speed (median of pairs "
-            f"{result.median_ratio:.2f}, in processor time {result.cpu_ratio:.2f}), "
+            f"{name}: {result.ratio:.2f} times the reference's speed (fastest calls "
+            f"{result.best_ratio:.2f}, in processor time {result.cpu_ratio:.2f}), "
             f"{made[f'{name}/ours_ms']:.1f} ms against {made[f'{name}/theirs_ms']:.1f} ms, "
             f"{result.compiled} recompilations, load {result.load[0]:.1f} to {result.load[1]:.1f}",
             flush=True,

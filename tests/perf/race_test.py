@@ -9,15 +9,15 @@ from paras2s_jax.perf import race
 
 
 def test_ratios_by_hand():
-    # Fastest calls 2 and 3 -> 1.5; pairs 3 / 2, 8 / 4, 5 / 5 -> median 1.5.
+    # Pairs 9 / 2, 6 / 4, 4 / 5 -> median 1.5; fastest calls 4 and 2 -> 2.
     # Processor time 4 / 2 -> 2.
     result = race.Race(
-        "x", (2.0, 4.0, 5.0), (3.0, 8.0, 5.0), (2.0, 3.0, 3.0), (4.0, 5.0, 6.0), (0.5, 0.7)
+        "x", (2.0, 4.0, 5.0), (9.0, 6.0, 4.0), (2.0, 3.0, 3.0), (4.0, 5.0, 6.0), (0.5, 0.7)
     )
-    assert result.ratio == 1.5 and result.median_ratio == 1.5
+    assert result.ratio == 1.5 and result.best_ratio == 2.0
     assert result.figures() == {
         "x/ratio": 1.5,
-        "x/median_ratio": 1.5,
+        "x/best_ratio": 2.0,
         "x/cpu_ratio": 2.0,
         "x/ours_ms": 2000.0,
         "x/theirs_ms": 3000.0,
