@@ -20,7 +20,7 @@ def test_ratios_by_hand():
         "x/best_ratio": 2.0,
         "x/cpu_ratio": 2.0,
         "x/ours_ms": 2000.0,
-        "x/theirs_ms": 3000.0,
+        "x/theirs_ms": 4000.0,
         "x/load": 0.7,
         "x/recompilations": 0,
     }
