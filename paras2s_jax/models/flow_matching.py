@@ -17,15 +17,7 @@ import yaml
 from flax import struct
 
 from paras2s_jax.models import axes
-from paras2s_jax.models.layers import (
-    Dense,
-    Segment,
-    attend,
-    attend_segments,
-    make_embed,
-    rope,
-    rope_angles,
-)
+from paras2s_jax.models.layers import Dense, attend, make_embed, rope, rope_angles
 from paras2s_jax.models.whisper_layers import scan_layers
 
 FRAMES_PER_CODE = 4  # 12.5 Hz codes, 50 Hz frames.
@@ -107,14 +99,13 @@ class View(struct.PyTreeNode):
     """What all blocks share in one call.
 
     condition: float[B, S, D], SiLU of time and code. cos, sin: float32[B or 1, T, 1, H // 2];
-    mask: bool[B, 1, T] or None; cache_mask: bool[B or 1, 1, C] or None.
+    mask: bool[B, 1, 1, C + T] of the cache and the own frames, or None: all.
     """
 
     condition: jax.Array
     cos: jax.Array
     sin: jax.Array
     mask: jax.Array | None
-    cache_mask: jax.Array | None
 
 
 def time_frequencies() -> np.ndarray:
@@ -169,13 +160,13 @@ class DiTAttention(nn.Module):
         )
         q, k, v = (qkv[:, :, i] for i in range(3))
         q, k = (rope(_even_then_odd(y), view.cos, view.sin) for y in (q, k))
-        if cache is None:
-            y = attend(q, k, v, None if view.mask is None else view.mask[:, None])
-        else:
-            own = jnp.ones((1, 1, k.shape[1]), bool) if view.mask is None else view.mask
-            past = Segment(cache["k"], cache["v"], view.cache_mask)
-            y = attend_segments(q, [past, Segment(k, v, own)])
-        y = y.reshape(rows, num_codes, repeat, inner)
+        seen = {"k": k, "v": v}
+        if cache is not None:
+            # A copy, but a small one: a flash kernel sees one sequence, and no scores are stored.
+            seen = jax.tree.map(
+                lambda a, x: jnp.concatenate([a.astype(x.dtype), x], 1), cache, seen
+            )
+        y = attend(q, seen["k"], seen["v"], view.mask).reshape(rows, num_codes, repeat, inner)
         y = Dense(width, kernel_axes=(axes.HEADS, axes.EMBED), name="proj", **types)(y)
         return y, {"k": k, "v": v}
 
@@ -280,13 +271,11 @@ class FlowMatchingDiT(nn.Module):
         if position_ids is None:
             position_ids = jnp.arange(steps)[None]
         cos, sin = rope_angles(position_ids, c.width_per_head, c.rope_base)
-        view = View(
-            time_and_code,
-            cos,
-            sin,
-            None if mask is None else mask[:, None],
-            None if cache is None else cache_mask[:, None],
-        )
+        if cache is not None:
+            own = jnp.ones((rows, steps), bool) if mask is None else mask
+            past = jnp.broadcast_to(cache_mask, (rows, cache_mask.shape[1]))
+            mask = jnp.concatenate([past, own], axis=1)
+        view = View(time_and_code, cos, sin, None if mask is None else mask[:, None, None])
         enter = Dense(width, kernel_axes=(axes.FEATURES, axes.EMBED), name="input_linear", **types)
         h = enter(x).reshape(rows, num_codes, steps // num_codes, width)
         stack = scan_layers(DiTBlock, c.depth, self.scan_unroll, self.remat, (0, nn.broadcast))

@@ -98,3 +98,39 @@ def test_texts_leave_control_tokens_out(tiny):
         finished=jnp.array([[True]]),
     )
     assert policy_lib.texts_of(tiny.policy, rollout, tiny.tokenizer) == [["hi"]]
+
+
+class Tone:
+    """A detokenizer that plays 1 kHz at 24 kHz, 80 ms a code."""
+
+    rate_hz = 24_000
+
+    def decode(self, codes, len_codes, rng=None):
+        size = 1920 * codes.shape[1]
+        lens = 1920 * len_codes
+        tone = 0.5 * jnp.sin(2 * jnp.pi * 1000 / self.rate_hz * jnp.arange(size))
+        return jnp.where(jnp.arange(size) < lens[:, None], tone, 0.0), lens
+
+
+def test_answers_are_at_16_khz_whatever_the_detokenizer_plays(tiny):
+    config = tiny.policy.model.config
+    first = config.kimia_token_offset
+    row = jnp.array([[[first, first + 1, first + 2, config.special.msg_end, 0]]])
+    rollout = decode.Rollout(
+        text_ids=row,
+        audio_ids=row,
+        text_mask=jnp.zeros(row.shape, bool),
+        audio_mask=jnp.broadcast_to(jnp.arange(5) < 4, row.shape),
+        text_logp=jnp.zeros(row.shape),
+        audio_logp=jnp.zeros(row.shape),
+        steps=jnp.array([[4]]),
+        finished=jnp.array([[True]]),
+    )
+    answers = tiny.policy.speak(tiny.frontend.replace(detokenizer=Tone()), rollout, None)
+    codes = answers.codes.shape[-1]
+    assert answers.lens.tolist() == [[3 * PATCH_SAMPLES]]
+    assert answers.waves.shape == (1, 1, codes * PATCH_SAMPLES)
+    tone = 0.5 * np.sin(2 * np.pi * 1000 / 16_000 * np.arange(3 * PATCH_SAMPLES))
+    heard = np.asarray(answers.waves[0, 0, : 3 * PATCH_SAMPLES])
+    np.testing.assert_allclose(heard[100:-100], tone[100:-100], atol=1e-3)
+    assert not np.any(answers.waves[0, 0, 3 * PATCH_SAMPLES :])

@@ -61,37 +61,40 @@ def detokenizer(parts):
     return FlowMatchingDetokenizer.from_models(*parts)
 
 
+def _random_params(table, model):
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(functools.partial(table.init, model), jax.random.key(0))
+    leaves = nn.meta.unbox(shapes)["params"]
+    return jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(x.dtype), leaves)
+
+
+def _quick_vocoder(num_mels):
+    """(vocoder, params) with one stage, of hop 2, which compiles in no time."""
+    config = BigVGANConfig(
+        upsample_rates=(2,),
+        upsample_kernel_sizes=(4,),
+        upsample_initial_channel=8,
+        resblock_kernel_sizes=(3,),
+        resblock_dilation_sizes=((2,),),
+        num_mels=num_mels,
+        sampling_rate=100,
+        hop_size=2,
+        n_fft=8,
+        win_size=8,
+    )
+    vocoder = BigVGAN(config, folded=True)
+    return vocoder, _random_params(vocoder_table, vocoder)
+
+
 @pytest.fixture(scope="module")
 def small():
-    """A detokenizer of random weights that compiles quickly: 1 block, 1 stage of hop 2."""
-    dit = FlowMatchingDiT(
-        FlowMatchingConfig(
-            hidden_size=12, depth=1, num_heads=2, semantic_vocab_size=32, input_size=5
-        )
+    """A detokenizer of random weights that compiles quickly."""
+    config = FlowMatchingConfig(
+        hidden_size=12, depth=1, num_heads=2, semantic_vocab_size=32, input_size=5
     )
-    vocoder = BigVGAN(
-        BigVGANConfig(
-            upsample_rates=(2,),
-            upsample_kernel_sizes=(4,),
-            upsample_initial_channel=8,
-            resblock_kernel_sizes=(3,),
-            resblock_dilation_sizes=((2,),),
-            num_mels=5,
-            sampling_rate=100,
-            hop_size=2,
-            n_fft=8,
-            win_size=8,
-        ),
-        folded=True,
-    )
-    rng = np.random.default_rng(0)
-    params = []
-    for table, model in ((dit_table, dit), (vocoder_table, vocoder)):
-        shapes = jax.eval_shape(functools.partial(table.init, model), jax.random.key(0))
-        leaves = nn.meta.unbox(shapes)["params"]
-        params.append(jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(x.dtype), leaves))
+    dit = FlowMatchingDiT(config)
     return FlowMatchingDetokenizer.from_models(
-        dit, params[0], vocoder, params[1], **SMALL, ode_steps=4
+        dit, _random_params(dit_table, dit), *_quick_vocoder(5), **SMALL, ode_steps=4
     )
 
 
@@ -126,21 +129,18 @@ def _chunks(values, lengths):
 
 
 @pytest.mark.parametrize("case", ["stream", "stream_small", "stream_prompt"])
-def test_streams_equal_the_fixture(detokenizer, io, case):
-    settings = {
-        ours: int(io[f"{case}/{theirs}"])
-        for ours, theirs in (("first", "first"), ("chunk", "chunk"), ("look_ahead", "look"))
-    }
-    detokenizer = detokenizer.replace(**settings, max_kv=int(io[f"{case}/max_kv"]))
+def test_streams_equal_the_fixture(parts, io, case):
+    """Every chunk's mel and cache; waves where they are quick to compile (stream_small)."""
+    names = {"first": "first", "chunk": "chunk", "look_ahead": "look", "max_kv": "max_kv"}
+    settings = {ours: int(io[f"{case}/{name}"]) for ours, name in names.items()}
+    vocoder = parts[2:] if case == "stream_small" else _quick_vocoder(80)
+    detokenizer = FlowMatchingDetokenizer.from_models(*parts[:2], *vocoder, **settings)
     codes = io[f"{case}/codes"].reshape(1, -1)
     edges = np.arange(settings["first"], codes.shape[1], settings["chunk"])
     pieces = np.split(codes, edges, axis=1)
     noises = _chunks(io[f"{case}/noise"], io[f"{case}/noise_lengths"])
     mels = _chunks(io[f"{case}/mel"], io[f"{case}/mel_lengths"])
-    waves = None
-    if f"{case}/wav" in io:
-        waves = _chunks(io[f"{case}/wav"], io[f"{case}/wav_lengths"])
-    state = detokenizer.start(1)
+    state, waves = detokenizer.start(1), []
     if case == "stream_prompt":
         start = jax.jit(lambda d, m, t: d.start_with_voice(m, t, int(io[f"{case}/prompt_chunk"])))
         prompt = io[f"{case}/prompt_mel"].reshape(1, -1, 80)
@@ -159,30 +159,33 @@ def test_streams_equal_the_fixture(detokenizer, io, case):
             state, mel, wave = last_chunk(detokenizer, state, codes, noise[None], real)
             assert not np.any(mel[0, len(wanted) :])
             mel = mel[:, : len(wanted)]
-            wave = wave if waves is None else wave[:, : waves[-1].size]
         assert int(state.prefix.length) == int(io[f"{case}/kv_after_chunk"][number])
         np.testing.assert_allclose(mel[0], wanted, atol=MEL_ATOL)
-        if waves is not None:
-            assert wave.shape[1] == waves[number].size
-            np.testing.assert_allclose(wave[0], waves[number].ravel(), atol=WAV_ATOL)
+        waves.append(wave[0])
     assert state.pre_wav.shape == (1, 0) and state.voice is None
+    if case == "stream_small":
+        lengths = io["stream_small/wav_lengths"]
+        assert [len(wave) for wave in waves[:-1]] == lengths[:-1].tolist()
+        assert not np.any(waves[-1][lengths[-1] :])
+        heard = np.concatenate(waves)[: int(lengths.sum())]
+        np.testing.assert_allclose(heard, io["stream_small/wav"].ravel(), atol=WAV_ATOL)
 
 
 def test_whole_answers_by_chunks_equal_the_streams(detokenizer, io):
-    """The fixture's 22 codes beside 13 of them (an end on a chunk's edge), 5, and none."""
-    detokenizer = detokenizer.replace(**SMALL)
-    codes = np.tile(io["stream_small/codes"].reshape(1, -1), (4, 1)).astype(np.int32)
-    lens = np.array([22, 13, 5, 0])
-    codes = np.where(np.arange(22) < lens[:, None], codes, 7)
-    noise = np.zeros((4, 4, 36, 80), np.float32)
-    for number, part in enumerate(
-        _chunks(io["stream_small/noise"], io["stream_small/noise_lengths"])
-    ):
+    """The fixture's 62 codes beside rows that end earlier, at the released settings."""
+    lens = np.array([62, 45, 20, 0])
+    codes = np.tile(io["stream/codes"].reshape(1, -1), (4, 1)).astype(np.int32)
+    codes = np.where(np.arange(62) < lens[:, None], codes, 7)
+    noise = np.zeros((3, 4, 168, 80), np.float32)
+    for number, part in enumerate(_chunks(io["stream/noise"], io["stream/noise_lengths"])):
         noise[number, :, : len(part)] = part
     mel, wave, len_waves = render(detokenizer, codes, lens, noise)
-    assert wave.shape == (4, 22 * 1920) and len_waves.tolist() == (1920 * lens).tolist()
-    np.testing.assert_allclose(mel[0], io["stream_small/mel"].reshape(-1, 80), atol=MEL_ATOL)
-    np.testing.assert_allclose(wave[0], io["stream_small/wav"].ravel(), atol=WAV_ATOL)
+    assert wave.shape == (4, 62 * 1920) and len_waves.tolist() == (1920 * lens).tolist()
+    np.testing.assert_allclose(mel[0], io["stream/mel"].reshape(-1, 80), atol=MEL_ATOL)
+    np.testing.assert_allclose(wave[0], io["stream/wav"].ravel(), atol=WAV_ATOL)
+    # What was settled before the second row's end is the same; of its waves, half a chunk less.
+    np.testing.assert_allclose(mel[1, :72], mel[0, :72], atol=MEL_ATOL)
+    np.testing.assert_allclose(wave[1, : 36 * 480], wave[0, : 36 * 480], atol=WAV_ATOL)
     for row in range(1, 4):
         assert not np.any(mel[row, 4 * lens[row] :]) and not np.any(wave[row, len_waves[row] :])
 
