@@ -2,11 +2,13 @@ import functools
 import json
 
 import jax
+import numpy as np
 import pytest
 from flax import linen as nn
 
+from paras2s_jax.convert import from_pretrained
 from paras2s_jax.convert import speech_tokenizer as family
-from paras2s_jax.convert.rules import ConversionError, check_shapes
+from paras2s_jax.convert.rules import Checkpoint, ConversionError, check_shapes
 from tests.models.speech_tokenizer_test import GOLDENS, shapes_of
 
 # glm-4-voice-tokenizer, as the fixture's README gives it; 16 of the 32 layers are built.
@@ -51,11 +53,17 @@ def test_released_size(tmp_path):
 
 def test_restatement_of_the_keys_is_that_of_the_fixture():
     """`shapes_of`, on which the above rests, gives the fixture's keys and shapes."""
-    from paras2s_jax.convert.rules import Checkpoint
-
     found = Checkpoint(GOLDENS / "model.safetensors")
     shapes = {key: tuple(found[key].shape) for key in found}
     assert shapes_of(family.make_model(GOLDENS).config) == shapes
+
+
+def test_released_folder_gives_the_fixtures_codes():
+    model, params, processor = from_pretrained(GOLDENS)
+    io = np.load(GOLDENS / "io.npz")
+    codes, _ = jax.jit(model.apply)({"params": params}, io["direct/input_features"])
+    np.testing.assert_array_equal(codes, io["direct/codes"])
+    assert processor is None
 
 
 def test_extractor_is_the_releases_own(tmp_path):
