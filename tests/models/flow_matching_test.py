@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 from paras2s_jax.convert import flow_matching as table
 from paras2s_jax.convert.rules import Checkpoint, export_params, import_params
-from paras2s_jax.models import flow_matching
 from paras2s_jax.models.flow_matching import (
     FlowMatchingConfig,
     FlowMatchingDiT,
@@ -59,18 +58,12 @@ def _run(model, params, x, condition, t, emit=(), **inputs):
     return jax.jit(apply)(params, x, condition, t, inputs)
 
 
-@pytest.fixture
-def rounding_of_the_fixture(monkeypatch):
-    """Frequency 13 lies 0.47 ulp above its nearest float32; the fixture's machine rounded it up.
-
-    At t = 999 alone that moves velocities by 5e-5.
-    """
-    frequencies = flow_matching.time_frequencies()
-    frequencies[13] = np.nextafter(frequencies[13], np.float32(1))
-    monkeypatch.setattr(flow_matching, "time_frequencies", lambda: frequencies)
+# The last bit of a frequency depends on the machine's exp, and a time of 999 multiplies it: up to
+# 5e-5 of the velocity.
+ATOL = 1e-4
 
 
-def test_velocity_equals_the_fixture(released, io, rounding_of_the_fixture):
+def test_velocity_equals_the_fixture(released, io):
     t, start = io["velocity/t"], io["velocity/start_position"]
     rows, steps = len(t), io["velocity/x"].shape[1]
     v, out = _run(
@@ -82,22 +75,22 @@ def test_velocity_equals_the_fixture(released, io, rounding_of_the_fixture):
         position_ids=start[:, None] + np.arange(steps),
     )
     assert v.shape == io["velocity/v"].shape and v.dtype == jnp.float32
-    np.testing.assert_allclose(v, io["velocity/v"], rtol=1e-6, atol=2e-5)
+    np.testing.assert_allclose(v, io["velocity/v"], atol=ATOL)
     row = int(np.flatnonzero((t == 500) & (start == 0))[0])
-    np.testing.assert_allclose(out["t_emb"][row], io["velocity/t_emb_500"].ravel(), atol=2e-5)
+    t_emb = io["velocity/t_emb_500"].ravel()
+    np.testing.assert_allclose(out["t_emb"][row], t_emb, atol=ATOL)
     for name, fixture in (("attn_out", "attn0_out_500"), ("block_out", "block0_out_500")):
         wanted = io[f"velocity/{fixture}"].reshape(steps, -1)
         # Block outputs reach 94, where float32 has steps of 8e-6.
-        atol = 2e-6 * max(10, np.abs(wanted).max())
-        np.testing.assert_allclose(out[name][0, row], wanted, atol=atol)
+        np.testing.assert_allclose(out[name][0, row], wanted, rtol=1e-5, atol=ATOL)
 
 
-def test_a_condition_per_code_equals_one_per_frame(released, io, rounding_of_the_fixture):
+def test_a_condition_per_code_equals_one_per_frame(released, io):
     x, tokens = io["velocity/x"], io["velocity/tokens"]
     np.testing.assert_array_equal(tokens, np.repeat(tokens[:, ::4], 4, axis=1))
     v, _ = _run(*released, x, tokens[:, ::4], np.array([500]))
     row = int(np.flatnonzero((io["velocity/t"] == 500) & (io["velocity/start_position"] == 0))[0])
-    np.testing.assert_allclose(v[0], io["velocity/v"][row], rtol=1e-6, atol=2e-5)
+    np.testing.assert_allclose(v[0], io["velocity/v"][row], atol=ATOL)
     with pytest.raises(ValueError, match="5 codes do not divide 24 frames"):
         released[0].apply({"params": released[1]}, x, tokens[:, :5], np.array([500]))
 
