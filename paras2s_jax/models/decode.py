@@ -97,7 +97,7 @@ def generate(
 
 
 def prefill(model: KimiAudio, variables: dict, prompt: Prompt) -> dict:
-    """Keys and values of the prompts: {stack: {"k", "v"}} of [layers, P, T, K, H]."""
+    """Keys and values of the prompts: {stack: {"k", "v"}} of [layers, P, K, T, H]."""
     _, out = model.apply(
         variables,
         prompt.audio_ids,

@@ -38,22 +38,24 @@ def generate(
     attention_mask: jax.Array | None = None,
     position_ids: jax.Array | None = None,
     max_new_tokens: int,
+    group_size: int = 1,
     eos_token_ids: int | Sequence[int] = (),
     sampling: Sampling = GREEDY,
     rng: jax.Array | None = None,
 ) -> Generated:
-    """Continues every row until its end token; stops when all rows have ended.
+    """Continues every prompt until its end token; stops when all answers have ended.
 
     Compiled once per shape of the prompts and per setting; lengths within a shape are free.
 
     Args:
       model, variables: {"params": …} and {"lora": …} if the model has adapters.
-      input_ids: int32[B, T], or inputs_embeds: float[B, T, D] (give one).
-      attention_mask: bool or int[B, T], which prompt tokens are real, at least one per row;
+      input_ids: int32[P, T], or inputs_embeds: float[P, T, D] (give one).
+      attention_mask: bool or int[P, T], which prompt tokens are real, at least one per row;
         padding may stand on either side. Default all.
-      position_ids: int32[B, T] or, as multimodal RoPE has them, [3, B, T]. By default each
+      position_ids: int32[P, T] or, as multimodal RoPE has them, [3, P, T]. By default each
         row's real tokens count 0, 1, 2, …; new tokens go on from the largest one.
       max_new_tokens: at most R tokens per row, the end token included.
+      group_size: G answers to each prompt, which is run once: B = P * G rows, prompt by prompt.
       eos_token_ids: any of them ends its row.
       sampling: how tokens are drawn.
       rng: needed unless greedy.
@@ -71,13 +73,16 @@ def generate(
         "attention_mask": attention_mask,
         "position_ids": position_ids,
     }
-    return _generate(model, variables, prompt, rng, max_new_tokens, ends, sampling)
+    return _generate(model, variables, prompt, rng, max_new_tokens, group_size, ends, sampling)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4, 5, 6))
-def _generate(model, variables, prompt, rng, max_new_tokens, ends, sampling) -> Generated:
+@functools.partial(jax.jit, static_argnums=(0, 4, 5, 6, 7))
+def _generate(
+    model, variables, prompt, rng, max_new_tokens, group_size, ends, sampling
+) -> Generated:
     prompt = _complete(prompt)
     hidden, prefix = _prefill(model, variables, prompt)
+    hidden = jnp.repeat(hidden, group_size, axis=0)
     rows = hidden.shape[0]
     if target() == ("cpu", 1):
         model, variables = model.clone(unrolled=True), unroll_variables(variables)
@@ -90,7 +95,7 @@ def _generate(model, variables, prompt, rng, max_new_tokens, ends, sampling) -> 
         logp = chosen_logp(logits, token, sampling.logp_temperature)
         return _append(state, step, token, logp, ends)
 
-    start = _next_positions(prompt)
+    start = jnp.repeat(_next_positions(prompt), group_size, axis=-2)
 
     def goes_on(carry):
         step, state, _ = carry
@@ -130,13 +135,13 @@ def _complete(prompt: dict) -> dict:
 
 
 def _prefill(model: Qwen2LM, variables: dict, prompt: dict) -> tuple[jax.Array, dict]:
-    """Hidden state of each row's last real token, float[B, D], and the prompt's {"k", "v"}."""
+    """Hidden state of each row's last real token, float[P, D], and the prompt's {"k", "v"}."""
     _, out = model.apply(variables, emit=("kv",), **prompt)
     return last_real(out["hidden"], prompt["attention_mask"]), out["kv"]
 
 
 def _next_positions(prompt: dict) -> jax.Array:
-    """Position of each row's first new token: int32[B, 1], or [3, B, 1] as the prompt's."""
+    """Position of each row's first new token: int32[P, 1], or [3, P, 1] as the prompt's."""
     positions = prompt["position_ids"]
     largest = jnp.max(jnp.where(prompt["attention_mask"], positions, -1), axis=-1, keepdims=True)
     if positions.ndim == 3:

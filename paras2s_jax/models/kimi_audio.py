@@ -23,9 +23,10 @@ from paras2s_jax.models.kimi_layout import (
     response_streams,
     special_ids,
 )
+from paras2s_jax.models.kv_cache import make_cache, make_view
 from paras2s_jax.models.layers import Dense, LayerNorm, RMSNorm, make_embed
 from paras2s_jax.models.lora import NO_LORA, LoRA
-from paras2s_jax.models.qwen2 import Qwen2Stack, make_cache, make_view
+from paras2s_jax.models.qwen2 import Qwen2Stack
 
 __all__ = [
     "STACKS",
@@ -45,7 +46,7 @@ __all__ = [
 
 
 def init_cache(config: KimiAudioConfig, rows: int, size: int, dtype=jnp.float32) -> dict:
-    """Empty KV caches of the three stacks: {stack: {"k", "v"}} of [layers, B, size, K, H]."""
+    """Empty KV caches of the three stacks: {stack: {"k", "v"}} of [layers, B, K, size, H]."""
     return {
         name: make_cache(config.decoder, layers, rows, size, dtype)
         for name, layers in config.stack_sizes.items()
@@ -172,7 +173,6 @@ class KimiAudio(nn.Module):
                 x,
                 view,
                 cache=cache and cache[name],
-                cache_index=cache_index,
                 prefix=prefix and prefix[name],
                 emit=emit,
             )

@@ -22,6 +22,7 @@ __all__ = [
     "attend",
     "attend_segments",
     "make_embed",
+    "matmul_out_first",
     "rope",
     "rope_angles",
     "rope_frequencies",
@@ -39,7 +40,7 @@ class Dense(nn.Module):
 
     The adapter lives in collection "lora" as a [in, r] and b [r, out], both float32:
     y = x @ kernel + bias + (alpha / r) * (x @ a) @ b. b starts at zero, so that a fresh
-    adapter changes nothing.
+    adapter changes nothing. out_first: the kernel is stored [out, in] (see matmul_out_first).
     """
 
     features: int
@@ -51,6 +52,7 @@ class Dense(nn.Module):
     param_dtype: jnp.dtype = jnp.float32
     out_dtype: jnp.dtype | None = None
     kernel_init: Callable = KERNEL_INIT
+    out_first: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -60,12 +62,14 @@ class Dense(nn.Module):
         """
         in_axis, out_axis = self.kernel_axes
         width = x.shape[-1]
-        init = nn.with_logical_partitioning(self.kernel_init, self.kernel_axes)
-        kernel = self.param("kernel", init, (width, self.features), self.param_dtype)
+        order = -1 if self.out_first else 1
+        init = nn.with_logical_partitioning(self.kernel_init, self.kernel_axes[::order])
+        kernel = self.param("kernel", init, (width, self.features)[::order], self.param_dtype)
         # Two axes only: with more, XLA:CPU transposes activations for the kernel's gradient
         # (3 times the backward time of an MLP).
         lead, x = x.shape[:-1], x.astype(self.dtype).reshape(-1, width)
-        y = jnp.matmul(x, kernel.astype(self.dtype), preferred_element_type=self.out_dtype)
+        multiply = matmul_out_first if self.out_first else jnp.matmul
+        y = multiply(x, kernel.astype(self.dtype), preferred_element_type=self.out_dtype)
         if self.use_bias:
             init = nn.with_logical_partitioning(nn.initializers.zeros, (out_axis,))
             bias = self.param("bias", init, (self.features,), self.param_dtype)
@@ -86,6 +90,17 @@ class Dense(nn.Module):
         ).value
         scale = self.lora_alpha / self.lora_rank
         return scale * ((x @ a.astype(self.dtype)) @ b.astype(self.dtype))
+
+
+def matmul_out_first(x: jax.Array, kernel: jax.Array, preferred_element_type=None) -> jax.Array:
+    """x @ kernel.T as XLA:CPU does it fastest for a few rows, where reading the kernel is the cost.
+
+    x: float[B, in]; kernel: float[out, in]. Returns: float[B, out].
+    """
+    # kernel @ x.T takes 0.9 of the time of x @ kernel.T.T; without the barriers XLA turns it round.
+    x = jax.lax.optimization_barrier(x.T)
+    y = jnp.matmul(kernel, x, preferred_element_type=preferred_element_type)
+    return jax.lax.optimization_barrier(y).T
 
 
 class RMSNorm(nn.Module):
@@ -200,9 +215,9 @@ def rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 class Segment(NamedTuple):
-    """Keys and values that a query sees: its own, cached, or shared by a group of rows.
+    """Keys and values that a query sees: of its own sequence, or shared by a group of rows.
 
-    k, v: float[b, S, K, H] where b divides B: row b of the segment serves the B // b
+    k, v: float[b, K, S, H] where b divides B: row b of the segment serves the B // b
     consecutive query rows from b * (B // b). mask: bool[b or 1, T or 1, S].
     """
 
@@ -215,22 +230,22 @@ def attend_segments(q: jax.Array, segments: Sequence[Segment], scale: float | No
     """Attention with one softmax over all segments; shared keys are never repeated.
 
     q: float[B, T, N, H]. Returns: as q. A single segment of more than SHORT keys, one row per query
-    row, is attended to as `attend` does.
+    row, is attended to as `attend` does, unless there is but one query.
     """
     rows, steps, heads, width = q.shape
-    if len(segments) == 1 and segments[0].k.shape[0] == rows and segments[0].k.shape[1] > SHORT:
-        k, v, mask = segments[0]
-        return attend(q, k, v, mask[:, None], scale)
+    k, v, mask = segments[0]
+    if len(segments) == 1 and k.shape[0] == rows and k.shape[2] > SHORT and steps > 1:
+        return attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask[:, None], scale)
     scale = width**-0.5 if scale is None else scale
     scores = [_segment_scores(q * scale, segment) for segment in segments]
     probs = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
     out, start = 0.0, 0
     for segment in segments:
-        size, kv_heads = segment.k.shape[1:3]
+        shared, kv_heads, size = segment.k.shape[:3]
         block = jax.lax.slice_in_dim(probs, start, start + size, axis=-1).astype(segment.v.dtype)
         # [B, K, N/K, T, S] -> the rows that share one key row are put side by side.
-        block = block.reshape(segment.v.shape[0], -1, kv_heads, heads // kv_heads, steps, size)
-        mixed = jnp.einsum("BGKQTS,BSKH->BGTKQH", block, segment.v)
+        block = block.reshape(shared, -1, kv_heads, heads // kv_heads, steps, size)
+        mixed = jnp.einsum("BGKQTS,BKSH->BGTKQH", block, segment.v)
         out = out + mixed.reshape(rows, steps, heads, width)
         start += size
     return out
@@ -239,9 +254,9 @@ def attend_segments(q: jax.Array, segments: Sequence[Segment], scale: float | No
 def _segment_scores(q: jax.Array, segment: Segment) -> jax.Array:
     """q: float[B, T, N, H], scaled. Returns: float32[B, K, N/K, T, S], masked."""
     rows, steps, heads, width = q.shape
-    shared, size, kv_heads = segment.k.shape[:3]
+    shared, kv_heads, size = segment.k.shape[:3]
     q = q.reshape(shared, rows // shared, steps, kv_heads, heads // kv_heads, width)
-    scores = jnp.einsum("BGTKQH,BSKH->BGKQTS", q, segment.k, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("BGTKQH,BKSH->BGKQTS", q, segment.k, preferred_element_type=jnp.float32)
     mask = segment.mask[:, None, None, None]
     scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
     return scores.reshape(rows, kv_heads, heads // kv_heads, steps, size)

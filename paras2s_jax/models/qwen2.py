@@ -1,28 +1,26 @@
 """Qwen2 decoder (arXiv 2407.10671): scanned layers, functional KV cache, shared prefix.
 
-Keys that a query may see come in up to three segments under one softmax: a *prefix* shared
-by the G answers to one prompt (read only), a *cache* of earlier steps, and the call's own
-tokens. The cache is read inside the layer scan and written once after it, so that a decode
-step moves one token per layer, not the cache.
+Keys that a query may see come in up to two segments under one softmax: a *prefix* shared by the
+G answers to one prompt (read only), and those of the row's own sequence: the call's tokens, or a
+cache with them.
 """
 
-import functools
 from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from paras2s_jax.models import axes
+from paras2s_jax.models.kv_cache import View, make_cache, make_view, read, write
 from paras2s_jax.models.layers import (
     Dense,
     RMSNorm,
     Segment,
     attend_segments,
     make_embed,
+    matmul_out_first,
     rope,
-    rope_angles,
 )
 from paras2s_jax.models.lora import NO_LORA, LoRA
 from paras2s_jax.models.qwen2_config import Qwen2Config
@@ -33,35 +31,16 @@ REMAT_POLICIES = {
 }
 
 
-def make_cache(config: Qwen2Config, num_layers: int, rows: int, size: int, dtype) -> dict:
-    """Empty cache {"k", "v"}: dtype[layers, B, S, K, H]."""
-    shape = (num_layers, rows, size, config.num_key_value_heads, config.width_per_head)
-    return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
-
-
-class View(struct.PyTreeNode):
-    """What all layers share in one call: rotary angles and the visibility of each segment.
-
-    cos, sin: float32[B, T, 1, H // 2]; own_mask: bool[B or 1, T, T]; cache_mask: bool[1, 1, S];
-    prefix_mask: bool[P, 1, S].
-    """
-
-    cos: jax.Array
-    sin: jax.Array
-    own_mask: jax.Array
-    cache_mask: jax.Array | None = None
-    prefix_mask: jax.Array | None = None
-
-
-class Qwen2Attention(nn.Module):
-    """Grouped-query attention with rotary positions; in Qwen2 q, k, v have a bias, o has none."""
+class _Part(nn.Module):
+    """A part of a layer. out_first: kernels are stored [out, in]."""
 
     config: Qwen2Config
     lora: LoRA = NO_LORA
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
+    out_first: bool = False
 
-    def _dense(self, name: str, features: int, kernel_axes, use_bias: bool) -> Dense:
+    def _dense(self, name: str, features: int, kernel_axes, use_bias: bool = False) -> Dense:
         return Dense(
             features,
             use_bias=use_bias,
@@ -70,12 +49,20 @@ class Qwen2Attention(nn.Module):
             lora_alpha=self.lora.alpha,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
+            out_first=self.out_first,
             name=name,
         )
 
+
+class Qwen2Attention(_Part):
+    """Grouped-query attention with rotary positions; in Qwen2 q, k, v have a bias, o has none."""
+
     @nn.compact
-    def __call__(self, x, view: View, cache=None, prefix=None):
-        """x: float[B, T, D]. Returns: (float[B, T, D], own keys and values [B, T, K, H])."""
+    def __call__(self, x, view: View, cache=None, layer=None, prefix=None):
+        """x: float[B, T, D]; cache, layer: see kv_cache.write; prefix: {"k", "v"} [P, K, S, H].
+
+        Returns: (float[B, T, D], the call's keys and values [B, K, T, H], the cache with them).
+        """
         c = self.config
         rows, steps, _ = x.shape
         heads, kv_heads, width = c.num_attention_heads, c.num_key_value_heads, c.width_per_head
@@ -88,38 +75,25 @@ class Qwen2Attention(nn.Module):
         k = rope(project("k_proj", kv_heads, axes.KV_HEADS), view.cos, view.sin)
         v = project("v_proj", kv_heads, axes.KV_HEADS)
         q = nn.with_logical_constraint(q, (axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_HEADS, None))
-        kv_axes = (axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_KV_HEADS, None)
-        k = nn.with_logical_constraint(k, kv_axes)
-        v = nn.with_logical_constraint(v, kv_axes)
-        segments = [Segment(k, v, view.own_mask)]
+        kv_axes = (axes.ACT_BATCH, axes.ACT_KV_HEADS, axes.ACT_LEN, None)
+        own = {
+            name: nn.with_logical_constraint(heads_last.swapaxes(1, 2), kv_axes)
+            for name, heads_last in (("k", k), ("v", v))
+        }
+        seen = own
         if cache is not None:
-            segments.insert(0, Segment(cache["k"], cache["v"], view.cache_mask))
+            cache = write(cache, own, layer, view.cache_index)
+            seen = read(cache, layer)
+        segments = [Segment(**seen, mask=view.mask)]
         if prefix is not None:
-            segments.insert(0, Segment(prefix["k"], prefix["v"], view.prefix_mask))
+            segments.insert(0, Segment(**prefix, mask=view.prefix_mask))
         y = attend_segments(q, segments).reshape(rows, steps, heads * width)
-        y = self._dense("o_proj", c.hidden_size, (axes.HEADS, axes.EMBED), False)(y)
-        return y, {"k": k, "v": v}
+        y = self._dense("o_proj", c.hidden_size, (axes.HEADS, axes.EMBED))(y)
+        return y, own, cache
 
 
-class Qwen2MLP(nn.Module):
+class Qwen2MLP(_Part):
     """down(silu(gate(x)) * up(x)), no biases."""
-
-    config: Qwen2Config
-    lora: LoRA = NO_LORA
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
-
-    def _dense(self, name: str, features: int, kernel_axes) -> Dense:
-        return Dense(
-            features,
-            use_bias=False,
-            kernel_axes=kernel_axes,
-            lora_rank=self.lora.rank_of(name),
-            lora_alpha=self.lora.alpha,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            name=name,
-        )
 
     @nn.compact
     def __call__(self, x):
@@ -139,32 +113,37 @@ class Qwen2DecoderLayer(nn.Module):
     lora: LoRA = NO_LORA
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
+    out_first: bool = False
     emit: tuple[str, ...] = ()
 
     @nn.compact
-    def __call__(self, x, cache, prefix, view: View):
-        """x: float[B, T, D]. Returns: (float[B, T, D], {name: array for name in emit})."""
+    def __call__(self, carry, layer, prefix, view: View):
+        """carry: x float[B, T, D], cache; for the rest see Qwen2Attention.
+
+        Returns: (carry, {name: array for name in emit}).
+        """
+        x, cache = carry
         eps, types = self.config.rms_norm_eps, (self.dtype, self.param_dtype)
+        part = (self.config, self.lora, *types, self.out_first)
         emitted = {"input": x} if "input" in self.emit else {}
         y = RMSNorm(eps, *types, name="input_layernorm")(x)
-        attention = Qwen2Attention(self.config, self.lora, *types, name="self_attn")
-        y, kv = attention(y, view, cache, prefix)
+        y, own, cache = Qwen2Attention(*part, name="self_attn")(y, view, cache, layer, prefix)
         x = x + y
         y = RMSNorm(eps, *types, name="post_attention_layernorm")(x)
-        x = x + Qwen2MLP(self.config, self.lora, *types, name="mlp")(y)
+        x = x + Qwen2MLP(*part, name="mlp")(y)
         x = nn.with_logical_constraint(x, (axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_EMBED))
         if "kv" in self.emit:
-            emitted["kv"] = kv
-        return x, emitted
+            emitted["kv"] = own
+        return (x, cache), emitted
 
 
 class Qwen2Stack(nn.Module):
     """`num_layers` decoder layers under one lax.scan; parameters have a leading layer axis.
 
-    unrolled: the layers one by one, each with parameters of its own (unroll_variables). Compiles
-    longer, but in a decoding loop no step cuts its weights and keys out of stacked arrays, which
-    on a CPU costs more than to multiply with them. Layer axes of caches, prefixes and outputs
-    are tuples then.
+    unrolled: the layers one by one, each with parameters of its own (unroll_variables) and kernels
+    [out, in]. Compiles longer, but in a decoding loop on a CPU no step cuts its weights and keys
+    out of stacked arrays, which costs more than to multiply with them. Layer axes of caches,
+    prefixes and outputs are tuples then.
     """
 
     config: Qwen2Config
@@ -177,32 +156,22 @@ class Qwen2Stack(nn.Module):
     unrolled: bool = False
 
     @nn.compact
-    def __call__(
-        self,
-        x,
-        view: View,
-        *,
-        cache=None,
-        cache_index=None,
-        prefix=None,
-        emit: tuple[str, ...] = (),
-    ):
+    def __call__(self, x, view: View, *, cache=None, prefix=None, emit: tuple[str, ...] = ()):
         """Runs the layers over x: float[B, T, D].
 
-        cache: {"k", "v"} of [layers, B, S, K, H] or None; cache_index: int32[], how many of
-        its S slots are filled: the T new tokens are written there. prefix: as cache, with P
-        rows and P dividing B.
+        cache: {"k", "v"} of [layers, B, K, S, H] or None: the T new tokens are written from slot
+        view.cache_index on, and see what it holds up to themselves. prefix: as cache, with P rows
+        and P dividing B.
         Returns: (float[B, T, D], out) with out["cache"] (updated) if a cache is given,
-        out["kv"] [layers, B, T, K, H] and out["input"] [layers, B, T, D] if named in emit.
+        out["kv"] [layers, B, K, T, H] and out["input"] [layers, B, T, D] if named in emit.
         """
         layer = Qwen2DecoderLayer
         if self.remat != "none":
             layer = nn.remat(layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        inner_emit = emit if cache is None else tuple({*emit, "kv"})
-        fields = (self.config, self.lora, self.dtype, self.param_dtype, inner_emit)
+        fields = (self.config, self.lora, self.dtype, self.param_dtype, self.unrolled, emit)
         if self.unrolled:
             layers = [layer(*fields, name=f"layers_{i}") for i in range(self.num_layers)]
-            x, out = _one_by_one(layers, x, cache, prefix, view)
+            x, cache, out = _one_by_one(layers, x, cache, prefix, view)
         else:
             stack = nn.scan(
                 layer,
@@ -213,29 +182,24 @@ class Qwen2Stack(nn.Module):
                 unroll=min(self.scan_unroll, self.num_layers),
                 metadata_params={nn.PARTITION_NAME: axes.LAYERS},
             )
-            x, out = stack(*fields, name="layers")(x, cache, prefix, view)
-        if cache is not None:
-            out["cache"] = jax.tree.map(functools.partial(_write, at=cache_index), cache, out["kv"])
-        return x, out
+            numbers = jnp.arange(self.num_layers)
+            (x, cache), out = stack(*fields, name="layers")((x, cache), numbers, prefix, view)
+        return x, out if cache is None else out | {"cache": cache}
 
 
 def _one_by_one(layers, x, cache, prefix, view: View):
-    """What the scan over layers does, without it: emitted arrays are tuples over layers."""
-    emitted = []
+    """What the scan over layers does, without it: over layers, arrays are tuples."""
+
+    def of(kv, i):
+        return None if kv is None else {name: value[i] for name, value in kv.items()}
+
+    caches, emitted = [], []
     for i, layer in enumerate(layers):
-        cached, shared = (
-            None if kv is None else {name: value[i] for name, value in kv.items()}
-            for kv in (cache, prefix)
-        )
-        x, out = layer(x, cached, shared, view)
+        (x, written), out = layer((x, of(cache, i)), None, of(prefix, i), view)
+        caches.append(written)
         emitted.append(out)
-    return x, jax.tree.map(lambda *leaves: leaves, *emitted)
-
-
-def _write(cached: jax.Array, new: jax.Array, at) -> jax.Array:
-    """Puts the keys or values [..., T, K, H] of new tokens into the slots from `at`."""
-    start = (0,) * (cached.ndim - 3) + (at, 0, 0)
-    return jax.lax.dynamic_update_slice(cached, new.astype(cached.dtype), start)
+    cache, out = (jax.tree.map(lambda *leaves: leaves, *each) for each in (caches, emitted))
+    return x, cache, out
 
 
 def unroll_variables(variables: Mapping) -> dict:
@@ -244,55 +208,13 @@ def unroll_variables(variables: Mapping) -> dict:
     for key, value in variables.items():
         if key == "layers":
             for i in range(len(jax.tree.leaves(value)[0])):
-                made[f"layers_{i}"] = jax.tree.map(lambda x, i=i: x[i], value)
+                layer = jax.tree.map(lambda x, i=i: x[i], value)
+                made[f"layers_{i}"] = unroll_variables(layer)
+        elif isinstance(value, Mapping):
+            made[key] = unroll_variables(value)
         else:
-            made[key] = unroll_variables(value) if isinstance(value, Mapping) else value
+            made[key] = value.T if key == "kernel" else value
     return made
-
-
-def make_view(
-    config: Qwen2Config,
-    x: jax.Array,
-    *,
-    mask: jax.Array | None = None,
-    positions: jax.Array | None = None,
-    cache: dict | None = None,
-    cache_index: jax.Array | None = None,
-    prefix_mask: jax.Array | None = None,
-) -> View:
-    """Angles and masks of one call on x: [B, T, D].
-
-    mask: bool or int[B, T], which of the call's own tokens are real (default all; a call that
-    writes to a cache must have real tokens only). positions: int32[B, T], or int32[3, B, T] if the
-    config has an mrope_section, by default cache_index + 0, 1, 2, …, padding included (only
-    differences matter).
-    """
-    steps = x.shape[1]
-    if positions is None:
-        start = 0 if cache_index is None else cache_index
-        positions = (start + jnp.arange(steps))[None]
-    cos, sin = rope_angles(
-        positions,
-        config.width_per_head,
-        config.rope_theta,
-        config.rope_scaling,
-        config.mrope_section,
-    )
-    own_mask = jnp.tril(jnp.ones((steps, steps), bool))[None]
-    if mask is not None:
-        own_mask = own_mask & mask.astype(bool)[:, None, :]
-    cache_mask = None
-    if cache is not None:
-        cache_mask = (jnp.arange(_num_slots(cache)) < cache_index)[None, None]
-    if prefix_mask is not None:
-        prefix_mask = prefix_mask.astype(bool)[:, None, :]
-    return View(cos, sin, own_mask, cache_mask, prefix_mask)
-
-
-def _num_slots(cache: dict) -> int:
-    """Size of a cache whose layer axis is the first one or a tuple."""
-    k = cache["k"]
-    return k[0].shape[1] if isinstance(k, tuple) else k.shape[2]
 
 
 class Qwen2LM(nn.Module):
@@ -329,6 +251,7 @@ class Qwen2LM(nn.Module):
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
                 out_dtype=jnp.float32,
+                out_first=self.unrolled,
             )
 
     def embed(self, tokens: jax.Array) -> jax.Array:
@@ -337,6 +260,11 @@ class Qwen2LM(nn.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden: float[..., D], after the final norm. Returns: float32[..., V]."""
+        if self.config.tie_word_embeddings and self.unrolled:
+            table = self.embed_tokens.embedding.astype(self.dtype)
+            rows = hidden.reshape(-1, hidden.shape[-1])
+            logits = matmul_out_first(rows, table, preferred_element_type=jnp.float32)
+            return logits.reshape(*hidden.shape[:-1], -1)
         if self.config.tie_word_embeddings:
             return self.embed_tokens.attend(hidden).astype(jnp.float32)
         return self.lm_head(hidden)
@@ -357,10 +285,10 @@ class Qwen2LM(nn.Module):
         """Logits of input_ids: int32[B, T] or of inputs_embeds: float[B, T, D] (give one).
 
         attention_mask: bool or int[B, T] (nonzero = real) and position_ids: int32[B, T] or
-        int32[3, B, T], see make_view; cache, cache_index, prefix, emit: see Qwen2Stack;
-        prefix_mask: bool or int[P, S]. To decode after ragged prompts: run them once with
-        emit=("kv",), then pass out["kv"] and their mask as prefix, positions counted from each
-        prompt's length, and a cache for the new tokens.
+        int32[3, B, T], see make_view; cache, prefix, emit: see Qwen2Stack; cache_index: int32[],
+        how many slots are filled; prefix_mask: bool or int[P, S]. To decode after ragged prompts:
+        run them once with emit=("kv",), then pass out["kv"] and their mask as prefix, positions
+        counted from each prompt's length, and a cache for the new tokens.
         Returns: (float32[B, T, V], out) with out["hidden"] float[B, T, D] and Qwen2Stack's.
         """
         x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds.astype(self.dtype)
@@ -374,7 +302,7 @@ class Qwen2LM(nn.Module):
             cache_index=cache_index,
             prefix_mask=prefix_mask,
         )
-        x, out = self.stack(x, view, cache=cache, cache_index=cache_index, prefix=prefix, emit=emit)
+        x, out = self.stack(x, view, cache=cache, prefix=prefix, emit=emit)
         out["hidden"] = self.norm(x)
         logits = self.logits(out["hidden"])
         logits = nn.with_logical_constraint(logits, (axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_VOCAB))

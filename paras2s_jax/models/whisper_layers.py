@@ -139,8 +139,13 @@ class Attention(nn.Module):
         if cache is None:
             y = attend(q, kv["k"], kv["v"], None if mask is None else mask[:, None])
         else:
-            past = Segment(cache["k"], cache["v"], cache_mask)
-            y = attend_segments(q, [past, Segment(kv["k"], kv["v"], mask)])
+            y = attend_segments(
+                q,
+                [
+                    Segment(seen["k"].swapaxes(1, 2), seen["v"].swapaxes(1, 2), seen_mask)
+                    for seen, seen_mask in ((cache, cache_mask), (kv, mask))
+                ],
+            )
         y = y.reshape(*y.shape[:2], width)
         return self._dense("out_proj", width, (axes.HEADS, axes.EMBED))(y), kv
 

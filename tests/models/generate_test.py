@@ -171,6 +171,18 @@ def test_mean_logp_is_that_of_the_whole_sequence(small):
     np.testing.assert_allclose(got.mean_logp[0], want, atol=1e-5)
 
 
+def test_a_group_shares_its_prompt(small):
+    _, model, variables = small
+    ids, mask = _left_padded()
+    settings = {"sampling": Sampling(1.5), "rng": jax.random.key(2), "max_new_tokens": 5}
+    got = generate(model, variables, input_ids=ids, attention_mask=mask, group_size=4, **settings)
+    each = {"input_ids": np.repeat(ids, 4, 0), "attention_mask": np.repeat(mask, 4, 0)}
+    want = generate(model, variables, **each, **settings)
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+    np.testing.assert_allclose(got.mean_logp, want.mean_logp, atol=1e-5)
+    assert len(np.unique(got.tokens, axis=0)) > ROWS
+
+
 def test_positions_go_on_from_the_largest(small):
     _, model, variables = small
     positions = np.array([[0, 1, 5, 6, 7]], np.int32)

@@ -21,6 +21,22 @@ def test_dense_computes_x_kernel_plus_bias_and_names_its_axes():
     np.testing.assert_allclose(y, [[[11.5, 13.5]]])
 
 
+def test_dense_with_outputs_first_in_its_kernel():
+    model = layers.Dense(2, kernel_axes=(axes.EMBED, axes.MLP), lora_rank=1, out_first=True)
+    x = jax.random.normal(jax.random.key(1), (2, 4, 3))
+    boxed = model.init(jax.random.key(0), x)
+    assert boxed["params"]["kernel"].names == ("mlp", "embed")
+    assert boxed["lora"]["a"].names == ("embed", "lora_rank")
+    variables = nn.meta.unbox(boxed)
+    assert variables["params"]["kernel"].shape == (2, 3)
+    plain = {
+        **variables,
+        "params": variables["params"] | {"kernel": variables["params"]["kernel"].T},
+    }
+    want = model.clone(out_first=False).apply(plain, x)
+    np.testing.assert_allclose(jax.jit(model.apply)(variables, x), want, atol=1e-6)
+
+
 def test_dense_out_dtype_keeps_the_accumulator():
     model = layers.Dense(1, use_bias=False, dtype=jnp.bfloat16, out_dtype=jnp.float32)
     params = {"kernel": jnp.array([[1.0], [1.0]])}
@@ -121,6 +137,10 @@ def test_attend_matches_numpy_with_grouped_heads_and_mask():
     np.testing.assert_allclose(got, _attention_by_hand(q, k, v, mask), atol=1e-5)
 
 
+def _heads_first(x: np.ndarray) -> jax.Array:
+    return jnp.asarray(x.swapaxes(1, 2))
+
+
 @pytest.mark.parametrize("group", [1, 3])
 def test_segments_share_one_softmax_and_never_mix_rows(group):
     # 2 prompts with `group` rows each; by hand the shared keys are repeated for each row.
@@ -134,8 +154,8 @@ def test_segments_share_one_softmax_and_never_mix_rows(group):
     got = jax.jit(layers.attend_segments)(
         q,
         [
-            layers.Segment(shared_k, shared_v, shared_mask[:, None]),
-            layers.Segment(own_k, own_v, own_mask[None]),
+            layers.Segment(_heads_first(shared_k), _heads_first(shared_v), shared_mask[:, None]),
+            layers.Segment(_heads_first(own_k), _heads_first(own_v), own_mask[None]),
         ],
     )
     k = np.concatenate([np.repeat(shared_k, group, 0), own_k], axis=1)
@@ -151,7 +171,7 @@ def test_long_segment_is_attended_to_in_blocks():
     k, v = rng.normal(size=(2, 1, 600, 2, 6)).astype(np.float32)
     mask = np.tril(np.ones((1, 600, 600), bool))
     mask[:, 1:, 0] = False
-    segment = layers.Segment(jnp.asarray(k), jnp.asarray(v), jnp.asarray(mask))
+    segment = layers.Segment(_heads_first(k), _heads_first(v), jnp.asarray(mask))
     got = jax.jit(lambda q, s: layers.attend_segments(q, [s]))(q, segment)
     want = jax.jit(jax.nn.dot_product_attention)(q, k, v, mask=mask[:, None])
     np.testing.assert_allclose(got, want, atol=1e-5)

@@ -125,8 +125,8 @@ def test_cached_steps_equal_the_full_forward(variables):
         one, out = step(cache, jnp.int32(i), TOKENS[:, i : i + 1])
         logits.append(one)
     np.testing.assert_allclose(jnp.concatenate(logits, axis=1), want, atol=1e-5)
-    assert out["cache"]["k"].shape == (3, 4, 12, 2, 8)
-    assert not jnp.any(out["cache"]["k"][:, :, 9:])  # nothing past the tokens is touched
+    assert out["cache"]["k"].shape == (3, 4, 2, 12, 8)
+    assert not jnp.any(out["cache"]["k"][..., 9:, :])  # nothing past the tokens is touched
 
 
 def test_unrolled_layers_equal_the_scan(variables):
@@ -136,7 +136,7 @@ def test_unrolled_layers_equal_the_scan(variables):
     inputs = {"prefix_mask": mask, "cache_index": jnp.int32(2), "position_ids": 7 + np.arange(2)}
     inputs["position_ids"] = np.tile(inputs["position_ids"], (4, 1))
     tokens, cache = TOKENS[:, 7:], model.init_cache(4, 6)
-    cache = jax.tree.map(lambda x: x.at[:, :, :2].set(0.5), cache)
+    cache = jax.tree.map(lambda x: x.at[..., :2, :].set(0.5), cache)
     want, seen = _run(model, variables, tokens, prefix=prefix, cache=cache, **inputs)
     unrolled = model.clone(unrolled=True)
     own = unroll_variables(variables)
