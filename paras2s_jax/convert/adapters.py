@@ -21,6 +21,17 @@ from paras2s_jax.convert.rules import LINEAR, Rule, export_tensors, import_param
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
 NO_RENAMES: Mapping[str, str] = {}
+# Folder of adapters that were saved without the parameters they belong to.
+ADAPTER = "adapter"
+
+
+def saved_in(folder: str | Path) -> Path | None:
+    """The Orbax directory that holds a converted folder's adapters; None if it has none."""
+    for name in (ADAPTER, stored.PARAMS):
+        directory = Path(folder) / name
+        if directory.is_dir() and "lora" in stored.saved_shapes(directory / "variables"):
+            return directory
+    return None
 
 
 def _in_checkpoint(name: str, renames: Mapping[str, str]) -> str:
@@ -137,6 +148,34 @@ def read_adapter(
     ignore = (r".*\.base_layer\.weight",)
     name = str(folder / WEIGHTS)
     return import_params(tensors, table, expected, ignore=ignore, name=name), alpha
+
+
+def load(directory: Path, expected: Any, shardings: Any, alpha: float) -> dict[str, Any]:
+    """Saved adapters for a model that has such: its "lora" collection, float32.
+
+    directory: of `saved_in`. expected: shapes of the collection (unboxed). alpha: of the model.
+
+    Raises:
+        ConversionError: they were trained with another rank, alpha or targets.
+    """
+    found = traverse_util.flatten_dict(
+        stored.saved_shapes(directory / "variables")["lora"], sep="/"
+    )
+    wanted = traverse_util.flatten_dict(expected, sep="/")
+    wrong = [
+        f"{path} is {tuple(found[path].shape) if path in found else 'absent'}, the model has "
+        f"{tuple(wanted[path].shape) if path in wanted else 'none'}"
+        for path in sorted(found.keys() | wanted.keys())
+        if path not in found or path not in wanted or found[path].shape != wanted[path].shape
+    ]
+    if (trained := alpha_of(directory)) != alpha:
+        wrong.append(f"alpha is {trained:g}, the model has {alpha:g}")
+    if wrong:
+        raise ConversionError(
+            f"{directory} holds other adapters; give the rank, alpha and targets that they were "
+            f"trained with ({'; '.join(wrong[:3])})"
+        )
+    return stored.load_params(directory, {"lora": shardings}, "float32", ("lora",))[0]["lora"]
 
 
 def alpha_of(directory: str | Path) -> float:

@@ -131,14 +131,14 @@ def export(source: str, target: str, lora: str = "merged") -> None:
         )
     family, config = _family_and_config(folder)
     if lora == "adapter":
-        lora_params = _adapters(folder)
-        if not lora_params:
+        directory = adapters.saved_in(folder)
+        if directory is None:
             raise ConversionError(f"{folder} has no adapters to write; use --lora=merged")
-        alpha = adapters.alpha_of(folder / stored.PARAMS)
+        alpha = adapters.alpha_of(directory)
         with appearing(Path(target)) as partial:
             adapters.write_adapter(
                 partial,
-                lora_params,
+                _adapters(directory),
                 family.rules(config),
                 alpha=alpha,
                 base=str(folder),
@@ -159,16 +159,16 @@ def _family_and_config(folder: Path) -> tuple[ModuleType, Any]:
     return family, families.make_model(family, folder).config
 
 
-def _adapters(folder: Path) -> dict[str, np.ndarray]:
-    leaves = stored.Stored(folder / stored.PARAMS, "lora")
+def _adapters(directory: Path) -> dict[str, np.ndarray]:
+    leaves = stored.Stored(directory, "lora")
     return {path: np.asarray(leaf) for path, leaf in leaves.items()}
 
 
 def _plain_tensors(folder: Path) -> dict:
     """What is exported of one converted folder, with its adapters folded in; made when used."""
-    params, lora_params = stored.Stored(folder / stored.PARAMS), _adapters(folder)
-    if lora_params:
-        params = adapters.merged(params, lora_params, adapters.alpha_of(folder / stored.PARAMS))
+    params, directory = stored.Stored(folder / stored.PARAMS), adapters.saved_in(folder)
+    if directory is not None:
+        params = adapters.merged(params, _adapters(directory), adapters.alpha_of(directory))
     family, config = _family_and_config(folder)
     return export_tensors(params, family.rules(config))
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
-from jax.sharding import Mesh, Sharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-from paras2s_jax.convert import families, stored, torch_files
+from paras2s_jax.convert import adapters, families, stored, torch_files
 from paras2s_jax.convert.checkpoint import Checkpoint, ConversionError
 from paras2s_jax.convert.rules import Parameter, plan
+from paras2s_jax.models.lora import merge_lora
 from paras2s_jax.models.placement import Rules, logical_shardings, unbox
 
 # What is fetched from a hub, and what of a release is kept beside converted parameters: no code,
@@ -39,8 +41,9 @@ def from_pretrained(
     dtype: in which the model computes. param_dtype: of the parameters, by default `dtype`.
     mesh, rules: where parameters go (logical axis -> mesh axis, as in the config); each tensor is
         read straight into its shards. Without a mesh all go to the first device.
-    Returns: (model, params, processor): model.apply({"params": params}, …); the processor is the
-        release's own tokenizer or feature extractor, None if it has none.
+    Returns: (model, params, processor): model.apply({"params": params}, …), adapters that were
+        trained folded in; the processor is the release's own tokenizer or feature extractor, None
+        if it has none.
 
     Raises:
         ConversionError: the checkpoint is broken, of no known family, or does not fit its config;
@@ -53,28 +56,80 @@ def from_pretrained(
     family = families.family_of(folder)
     param_dtype = dtype if param_dtype is None else param_dtype
     model = families.make_model(family, folder, dtype=dtype, param_dtype=param_dtype)
-    boxed = {"params": families.abstract_variables(family, model)["params"]}
-    expected = unbox(boxed)["params"]
+    variables = load_variables(folder, model, mesh=mesh, rules=rules)
+    return model, variables["params"], family.load_processor(folder)
+
+
+def load_variables(
+    folder: Path,
+    model: nn.Module,
+    *,
+    mesh: Mesh | None = None,
+    rules: Rules | None = None,
+    rng: jax.Array | None = None,
+) -> dict[str, Any]:
+    """The variables of a model from its checkpoint's folder, {"params"} or {"params", "lora"}.
+
+    Adapters that were saved are folded into the parameters where the model has none. Where it has
+    some, it gets those that were saved, or fresh ones.
+    model: as the folder's config describes it, with adapters or without. mesh, rules: see
+    `from_pretrained`. rng: of fresh adapters.
+
+    Raises:
+        ConversionError: the checkpoint is broken, or the model has other parameters or adapters.
+    """
+    family = families.family_of(folder)
+    boxed = families.abstract_variables(family, model)
+    expected = unbox(boxed)
     if mesh is None:
         single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shardings = jax.tree.map(lambda _: single, expected)
     else:
-        shardings = logical_shardings(boxed, mesh, rules)["params"]
-    if stored.is_converted(folder):
-        params = _load_converted(folder, expected, shardings, param_dtype)
+        shardings = logical_shardings(boxed, mesh, rules)
+    params = _load_params(folder, family, model, expected["params"], shardings["params"])
+    saved = adapters.saved_in(folder)
+    if "lora" not in expected:
+        return {"params": params if saved is None else _folded(params, saved, mesh)}
+    if saved is not None:
+        lora = adapters.load(saved, expected["lora"], shardings["lora"], model.lora.alpha)
     else:
-        planned = plan(
-            _released(folder),
-            family.rules(model.config),
-            expected,
-            ignore=family.IGNORE,
-            dtype=param_dtype,
-            name=str(folder),
+        fresh = jax.jit(
+            lambda rng: unbox(family.init(model, rng)["lora"]), out_shardings=shardings["lora"]
         )
-        flat = traverse_util.flatten_dict(shardings, sep="/")
-        made = {path: place(parameter, flat[path]) for path, parameter in planned.items()}
-        params = traverse_util.unflatten_dict(made, sep="/")
-    return model, params, family.load_processor(folder)
+        lora = fresh(jax.random.key(0) if rng is None else rng)
+    return {"params": params, "lora": lora}
+
+
+def _load_params(folder: Path, family: ModuleType, model: nn.Module, expected, shardings):
+    if stored.is_converted(folder):
+        return _load_converted(folder, expected, shardings, model.param_dtype)
+    planned = plan(
+        _released(folder),
+        family.rules(model.config),
+        expected,
+        ignore=family.IGNORE,
+        dtype=model.param_dtype,
+        name=str(folder),
+    )
+    flat = traverse_util.flatten_dict(shardings, sep="/")
+    made = {path: place(parameter, flat[path]) for path, parameter in planned.items()}
+    return traverse_util.unflatten_dict(made, sep="/")
+
+
+def _folded(params: Any, saved: Path, mesh: Mesh | None) -> Any:
+    """The parameters, whose memory is used, with the saved adapters folded in."""
+    whole = None
+    if mesh is not None:
+        shape = stored.saved_shapes(saved / "variables")["lora"]
+        whole = {"lora": jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), shape)}
+    lora = stored.load_params(saved, whole, collections=("lora",))[0]["lora"]
+    alpha = adapters.alpha_of(saved)
+    fold = jax.jit(
+        lambda params, lora: merge_lora({"params": params, "lora": lora}, alpha)["params"],
+        donate_argnums=0,
+        out_shardings=jax.tree.map(lambda x: x.sharding, params),
+    )
+    return fold(params, lora)
 
 
 def local_folder(path_or_hub_id: str | Path, suffixes: Sequence[str] = ()) -> Path:
@@ -145,5 +200,7 @@ def _load_converted(folder: Path, expected: Any, shardings: Any, dtype: Any) -> 
         raise ConversionError(
             f"{folder / stored.PARAMS} does not match the model; {'; '.join(wrong)}"
         )
-    variables, _ = stored.load_params(folder / stored.PARAMS, {"params": shardings}, dtype)
+    variables, _ = stored.load_params(
+        folder / stored.PARAMS, {"params": shardings}, dtype, collections=("params",)
+    )
     return variables["params"]

@@ -75,33 +75,41 @@ def save_streamed(
 
 
 def load_params(
-    directory: str | os.PathLike, shardings: Any = None, dtype: Any = None
+    directory: str | os.PathLike,
+    shardings: Any = None,
+    dtype: Any = None,
+    collections: Sequence[str] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Loads what was saved, onto `shardings` (same tree) or the first device.
 
-    dtype: of the floats, by default as saved.
+    dtype: of the floats, by default as saved. collections: to load, by default all.
     Returns: (variables, meta).
 
     Raises:
         CheckpointError: there is no such directory.
     """
     directory = _existing(directory)
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        meta = checkpointer.restore(directory, ocp.args.Composite(meta=ocp.args.JsonRestore()))
-        found = saved_shapes(directory / "variables")
-        if shardings is None:
-            single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-            shardings = jax.tree.map(lambda _: single, found)
+    found = saved_shapes(directory / "variables")
+    if collections is not None:
+        found = {name: found[name] for name in collections}
+    if shardings is None:
+        single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        shardings = jax.tree.map(lambda _: single, found)
 
-        def template(leaf, sharding):
-            is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
-            kind = dtype if dtype is not None and is_float else leaf.dtype
-            return jax.ShapeDtypeStruct(leaf.shape, kind, sharding=sharding)
+    def template(leaf, sharding):
+        is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
+        kind = dtype if dtype is not None and is_float else leaf.dtype
+        return jax.ShapeDtypeStruct(leaf.shape, kind, sharding=sharding)
 
-        wanted = jax.tree.map(template, found, shardings)
-        args = ocp.args.Composite(variables=ocp.args.StandardRestore(wanted))
-        restored = checkpointer.restore(directory, args)
-    return restored.variables, meta.meta
+    wanted = jax.tree.map(template, found, shardings)
+    args = ocp.args.PyTreeRestore(
+        item=wanted,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+        partial_restore=True,
+    )
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        variables = checkpointer.restore(directory / "variables", args)
+    return variables, saved_meta(directory)
 
 
 def saved_shapes(directory: str | os.PathLike) -> Any:

@@ -42,7 +42,7 @@ class VocabularyError(ValueError):
 
 
 class TiktokenVocabulary:
-    """Text <-> ids in 0..vocab_size-1, as `TextTokenizer`; special tokens lie above.
+    """Text <-> ids in 0..vocab_size-1 (data.tokenizer.Tokenizer); special tokens lie above.
 
     Text is never read as a special token, whatever it contains.
 

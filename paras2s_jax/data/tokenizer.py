@@ -1,10 +1,11 @@
-"""Byte-level BPE text tokenizer: any text in, any text back, no unknown token."""
+"""Text <-> ids: what every text tokenizer offers, and a byte-level BPE that can be trained here."""
 
 import os
 import pathlib
 import unicodedata
 import uuid
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import tokenizers
 
@@ -12,8 +13,19 @@ import tokenizers
 MIN_VOCAB_SIZE = 256
 
 
+class Tokenizer(Protocol):
+    """Text <-> ids of a text stream; ids at or above `vocab_size` are control tokens, no text."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
 class TextTokenizer:
-    """Text <-> ids in 0..vocab_size-1, over a `tokenizers.Tokenizer`."""
+    """Byte-level BPE, ids in 0..vocab_size-1: any text in, any text back, no unknown token."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer):
         self._tokenizer = tokenizer
