@@ -7,6 +7,7 @@ import os
 import re
 import runpy
 import sys
+import traceback
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -33,6 +34,16 @@ flags of stages:
   --config=FILE[:ARG]     the experiment; any key can be overridden: --config.grpo.beta=0
   --workdir=DIR           where files go (default: runs/<name of the config>)
 
+several processes as one run (a pod, nodes, or one machine):
+  --distributed=MODE      auto (default): where the machine says so (Cloud TPU VM, GKE, Slurm, Open
+                          MPI), or the next three do; on: or fail; off
+  --coordinator=HOST:PORT --num_processes=N --process_id=I
+                          of process 0, and which of how many this one is; or in the environment:
+                          PARAS2S_COORDINATOR, PARAS2S_NUM_PROCESSES, PARAS2S_PROCESS_ID
+  --start_timeout=300 --heartbeat_timeout=60 --barrier_timeout=600
+                          seconds for all to appear; of silence until one counts as dead, which
+                          ends all; by which one may lag behind the others
+
 commands (`paras2s COMMAND --help` tells their flags):
 {commands}
 
@@ -50,8 +61,12 @@ def _usage(stages: Mapping) -> str:
     return USAGE.format(stages=rows(stages), commands=rows(COMMANDS), measures=rows(perf.MEASURES))
 
 
-def _fail(message: str) -> int:
-    print(f"paras2s: {' '.join(message.split())}", file=sys.stderr)
+def _sentence(error: object) -> str:
+    return f"paras2s: {' '.join(str(error).split())}"
+
+
+def _fail(error: object) -> int:
+    print(_sentence(error), file=sys.stderr)
     return 2
 
 
@@ -66,12 +81,14 @@ def _user_errors() -> tuple[type[Exception], ...]:
     from paras2s_jax.judge.ledger import LedgerError
     from paras2s_jax.stages.registry import StageError
     from paras2s_jax.train.checkpoint import CheckpointError
+    from paras2s_jax.train.distributed import DistributedError
 
     return (
         AudioError,
         BenchError,
         CheckpointError,
         ConversionError,
+        DistributedError,
         LedgerError,
         ManifestError,
         RecordError,
@@ -152,8 +169,35 @@ def _check_tuple(key: str, old: tuple, new: tuple) -> None:
         )
 
 
-def parse(argv: list[str]) -> tuple[ConfigDict, str]:
-    """Flags of one run -> (config with its overrides, workdir).
+def _define_distributed(values: flags.FlagValues) -> None:
+    """Flags of `train.distributed.Settings`; the addresses may stand in the environment too."""
+
+    def given(name: str) -> str | None:
+        return os.environ.get(f"PARAS2S_{name.upper()}") or None
+
+    flags.DEFINE_enum("distributed", "auto", ["auto", "on", "off"], "", flag_values=values)
+    flags.DEFINE_string("coordinator", given("coordinator"), "", flag_values=values)
+    for name in ("num_processes", "process_id"):
+        flags.DEFINE_integer(name, given(name), "", lower_bound=0, flag_values=values)
+    for name, default in (("start", 300), ("heartbeat", 60), ("barrier", 600)):
+        flags.DEFINE_integer(f"{name}_timeout", default, "", lower_bound=1, flag_values=values)
+
+
+def _distributed_settings(values: flags.FlagValues) -> dict[str, object]:
+    """The fields of `train.distributed.Settings` as given."""
+    names = ("coordinator", "num_processes", "process_id")
+    return {
+        "mode": values.distributed,
+        **{name: values[name].value for name in names},
+        **{
+            f"{name}_s": values[f"{name}_timeout"].value
+            for name in ("start", "heartbeat", "barrier")
+        },
+    }
+
+
+def parse(argv: list[str]) -> tuple[ConfigDict, str, dict[str, object]]:
+    """Flags of one run -> (config with its overrides, workdir, fields of distributed.Settings).
 
     Args:
         argv: the program's name, then flags.
@@ -177,6 +221,7 @@ def parse(argv: list[str]) -> tuple[ConfigDict, str]:
     overrides = flags.FlagValues()
     config_flags.DEFINE_config_dict("config", config, flag_values=overrides, sys_argv=rest)
     flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=overrides)
+    _define_distributed(overrides)
     overrides.set_gnu_getopt()
     try:
         stray = overrides(rest)[1:]
@@ -191,7 +236,7 @@ def parse(argv: list[str]) -> tuple[ConfigDict, str]:
             _check_tuple(key, leaves[key], made[key])
     stem = re.sub(r"\.py(:|$)", r"\1", os.path.basename(values.config)).strip(":")
     workdir = overrides.workdir or os.path.join("runs", stem.replace(":", "_"))
-    return overrides.config, workdir
+    return overrides.config, workdir, _distributed_settings(overrides)
 
 
 def _stage_name(argument: str, stages: Mapping) -> str:
@@ -219,9 +264,26 @@ def _run_stage(argv: list[str]) -> None:
     from paras2s_jax.stages.registry import Runner
 
     name = _stage_name(argv[1], STAGES)
-    config, workdir = parse([argv[0], *argv[2:]])
-    _keep_compiled(Path(workdir))
-    Runner(STAGES, config, workdir).run(name)
+    config, workdir, settings = parse([argv[0], *argv[2:]])
+    # Behind the checks of flags, which need not wait for JAX.
+    from paras2s_jax.train import distributed
+
+    distributed.start(distributed.Settings(**settings))
+    try:
+        _keep_compiled(Path(workdir))
+        Runner(STAGES, config, workdir).run(name)
+    except distributed.Preempted as stopped:
+        # What was done is saved: status 0, and the scheduler runs the same command again.
+        print(_sentence(stopped.message), file=sys.stderr)
+    except BaseException as error:
+        if distributed.count() > 1:
+            # The others must not wait for a process that has failed.
+            known = isinstance(error, _user_errors())
+            message = _sentence(error) if known else traceback.format_exc()
+            distributed.fail(message, 2 if known else 1)
+        raise
+    finally:
+        distributed.finish()
 
 
 def _run_measure(argv: list[str]) -> None:
@@ -273,9 +335,9 @@ def main(argv: list[str] | None = None) -> int:
         print("paras2s: interrupted; run the same command again.", file=sys.stderr)
         return 130
     except flags.Error as error:
-        return _fail(str(error))
+        return _fail(error)
     except _user_errors() as error:
-        return _fail(str(error))
+        return _fail(error)
     return 0
 
 

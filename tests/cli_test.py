@@ -14,6 +14,7 @@ from paras2s_jax import cli
 from paras2s_jax.perf import registry as perf
 from paras2s_jax.stages.commands import Command, Flag
 from paras2s_jax.stages.registry import Stage, StageError
+from paras2s_jax.train import distributed
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = "--config=configs/tiny.py"
@@ -206,6 +207,44 @@ def test_workdir_is_named_after_the_config(monkeypatch):
         "runs", "tiny_from_scratch"
     )
     assert cli.parse(["paras2s", TINY, "--workdir", "x"])[1] == "x"
+
+
+def test_flags_of_several_processes(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    given = ["--coordinator=host:1", "--num_processes", "3", "--process_id=2"]
+    found = cli.parse(["paras2s", TINY, *given, "--heartbeat_timeout=7", "--distributed=on"])[2]
+    assert distributed.Settings(**found) == distributed.Settings(
+        "on", "host:1", 3, 2, start_s=300, heartbeat_s=7, barrier_s=600
+    )
+    monkeypatch.setenv("PARAS2S_COORDINATOR", "other:2")
+    monkeypatch.setenv("PARAS2S_NUM_PROCESSES", "4")
+    monkeypatch.setenv("PARAS2S_PROCESS_ID", "0")
+    assert distributed.Settings(**cli.parse(["paras2s", TINY])[2]) == distributed.Settings(
+        "auto", "other:2", 4, 0
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "part"),
+    [
+        (["--num_processes=2"], "give all of --coordinator, --num_processes and --process_id"),
+        (["--process_id=-1"], "flag --process_id=-1"),
+        (["--distributed=maybe"], "value should be one of <auto|on|off>"),
+    ],
+)
+def test_wrong_flags_of_several_processes(ran, capsys, args, part):
+    assert call("grpo", TINY, *args) == 2
+    assert part in sentence(capsys)
+    assert not ran
+
+
+def test_a_preempted_run_ends_well(ran, capsys, monkeypatch, tmp_path):
+    def stop(self, name):
+        raise distributed.Preempted("stopped by SIGTERM after step 3.")
+
+    monkeypatch.setattr("paras2s_jax.stages.registry.Runner.run", stop)
+    assert call("grpo", TINY, f"--workdir={tmp_path}") == 0
+    assert sentence(capsys) == "stopped by SIGTERM after step 3."
 
 
 def test_refuses_a_workdir_made_with_other_settings(ran, capsys, tmp_path):

@@ -1,4 +1,4 @@
-"""Rows of a manifest -> padded batches: deterministic, sharded by process, resumable.
+"""Rows of a manifest -> padded batches: deterministic, read by parts, resumable.
 
 The order of an epoch is a plan computed from (seed, epoch) alone, so a position is two numbers and
 restoring it costs nothing. tf.data only carries out the plan: it decodes, pads and prefetches.
@@ -157,9 +157,11 @@ class Batches:
     int32[B, T], `t_len` int32[B]; scalar keys as arrays [B]; `row` int32[B], `valid` bool[B].
     L and T are the smallest buckets that hold the longest row of the batch, over all processes.
 
-    `batch_size` counts rows over all processes: each yields batch_size / process_count of them, and
-    all yield equally many batches. Rows that only complete a batch repeat a real row, so that they
-    are numerically harmless, with `valid` False and `row` -1.
+    `batch_size` counts rows over all processes. Each reads and yields only `local_rows` of every
+    batch (positions in it, such as `train.sharding.local_rows` gives; None: all), and all yield
+    equally many batches; the position that `state` tells is the same for all. Rows that only
+    complete a batch repeat a real row, so that they are numerically harmless, with `valid` False
+    and `row` -1.
     """
 
     def __init__(
@@ -177,22 +179,20 @@ class Batches:
         shuffle: bool = False,
         repeat: bool = False,
         group_key: str | None = None,
-        process_index: int = 0,
-        process_count: int = 1,
+        local_rows: Sequence[int] | None = None,
         prefetch: int = 2,
     ):
         if not rows:
             raise ManifestError(f"no rows to batch under {root}; is the manifest empty?")
-        if batch_size % process_count:
-            raise ValueError(
-                f"batch_size {batch_size} does not divide over {process_count} processes"
-            )
+        local = np.arange(batch_size) if local_rows is None else np.asarray(local_rows, int)
+        if not len(local) or local.min() < 0 or local.max() >= batch_size:
+            raise ValueError(f"local_rows {local_rows} are no rows of a batch of {batch_size}")
         self._rows = list(rows)
         self._root = pathlib.Path(root)
         self._audio_keys, self._token_keys = tuple(audio_keys), tuple(token_keys)
         self._batch_size, self._seed = batch_size, seed
         self._shuffle, self._repeat, self._prefetch = shuffle, repeat, prefetch
-        self._process = (process_index, process_count)
+        self._local = local
         self._scalars = {key: np.asarray(self._column(key)) for key in scalar_keys}
         len_buckets = [math.ceil(dur_s * wave.RATE_HZ) for dur_s in len_buckets_s]
         self._buckets = [np.sort(len_buckets).astype(int) for _ in self._audio_keys]
@@ -281,19 +281,17 @@ class Batches:
         # a pipeline would wait for it to wake.
         options = tf.data.Options()
         options.autotune.enabled = False
-        batched = loaded.batch(self._batch_size // self._process[1]).prefetch(self._prefetch)
+        batched = loaded.batch(len(self._local)).prefetch(self._prefetch)
         return batched.with_options(options)
 
     def _items(self, epoch: int, batch: int) -> Iterator[tuple]:
         """Yields (row or -1, row to read, bucket per key) in the order of the plan."""
-        index, count = self._process
-        local = self._batch_size // count
         while True:
             for rows in self._plan(epoch)[batch:]:
                 chosen = self._bucket_of[rows[rows >= 0]].max(axis=0)
                 sizes = [b[i] for b, i in zip(self._buckets, chosen, strict=True)]
                 sizes = np.asarray(sizes, np.int32)
-                for row in rows[index * local : (index + 1) * local]:
+                for row in rows[self._local]:
                     yield np.int32(row), np.int32(row if row >= 0 else rows[0]), sizes
             if not self._repeat:
                 return

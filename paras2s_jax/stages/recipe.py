@@ -68,6 +68,7 @@ STAGES = {
             _lazy("policy", "run_base"),
             needs=("pretrain",),
             sections=("base", *_POLICY),
+            on_all=True,
         ),
         Stage(
             "sft",
@@ -75,6 +76,7 @@ STAGES = {
             _lazy("policy", "run_sft"),
             needs=("base",),
             sections=("sft",),
+            on_all=True,
         ),
         Stage(
             "sft_5x",
@@ -82,6 +84,7 @@ STAGES = {
             _lazy("policy", "run_sft_5x"),
             needs=("base",),
             sections=("sft_5x",),
+            on_all=True,
         ),
         Stage(
             "distill",
@@ -89,6 +92,7 @@ STAGES = {
             _lazy("reward", "run_distill"),
             needs=("sft", "analyzers"),
             sections=("judge", "distill"),
+            on_all=True,
         ),
         Stage(
             "grpo",
@@ -96,6 +100,7 @@ STAGES = {
             _lazy("policy", "run_grpo"),
             needs=("distill",),
             sections=("grpo",),
+            on_all=True,
         ),
         Stage(
             "retention",
@@ -103,6 +108,7 @@ STAGES = {
             _lazy("policy", "run_retention"),
             needs=("grpo",),
             sections=("retention",),
+            on_all=True,
         ),
         Stage(
             "bench",

@@ -44,6 +44,8 @@ class Stage:
         run: `(config, workdir) -> figures`; writes its files under `workdir/name`.
         needs: names of the stages whose files it reads.
         sections: config keys whose values its results depend on.
+        on_all: it runs on every process at a time (it trains on the mesh); the others run on
+            process 0, while the rest wait.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Stage:
     run: Callable[[ml_collections.ConfigDict, Path], Figures]
     needs: tuple[str, ...] = ()
     sections: tuple[str, ...] = ()
+    on_all: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +198,8 @@ class Runner:
             StageError: a folder in the workdir was made with other settings, or cannot be made,
                 or the config lacks a section.
         """
-        self._check(self.stages[name])
+        distributed = _distributed()
+        distributed.on_main(f"check {name}", lambda: self._check(self.stages[name]))
         return self._run(name, {})
 
     def _relevant(self, stage: Stage) -> dict[str, object]:
@@ -239,9 +243,11 @@ class Runner:
     def _run(self, name: str, done: dict[str, Figures]) -> Figures:
         if name in done:
             return done[name]
-        stage = self.stages[name]
-        if self._is_finished(stage):
-            print(f"✓ {name}: already finished in {self.workdir / name}")
+        stage, distributed = self.stages[name], _distributed()
+        # Asked once for all processes: another one may finish it while this one looks.
+        if distributed.on_main(f"look at {name}", lambda: self._is_finished(stage)):
+            if distributed.is_main():
+                print(f"✓ {name}: already finished in {self.workdir / name}")
             done[name] = figures_of(self.workdir / name)
         else:
             for needed in stage.needs:
@@ -250,9 +256,27 @@ class Runner:
         return done[name]
 
     def _work(self, stage: Stage) -> Figures:
-        folder, config = self.workdir / stage.name, self._relevant(stage)
+        folder, config, distributed = (
+            self.workdir / stage.name,
+            self._relevant(stage),
+            _distributed(),
+        )
         # Asked for at the start: the sources may be edited while the stage runs.
         commit, started = source_commit(), time.monotonic()
+        distributed.on_main(f"begin {stage.name}", lambda: self._begin(stage, folder, config))
+        if stage.on_all:
+            figures = stage.run(self.config, self.workdir)
+        else:
+            figures = distributed.on_main(
+                f"stage {stage.name}", lambda: stage.run(self.config, self.workdir)
+            )
+        distributed.on_main(
+            f"finish {stage.name}",
+            lambda: finish(folder, stage.name, config, commit, started, figures),
+        )
+        return figures
+
+    def _begin(self, stage: Stage, folder: Path, config: dict[str, object]) -> None:
         print(f"▶ {stage.name}: {stage.help}", flush=True)
         try:
             write_json(folder / SETTINGS, config)
@@ -260,9 +284,13 @@ class Runner:
             raise StageError(
                 f"cannot write in {folder} ({error.strerror}): give another --workdir."
             ) from error
-        figures = stage.run(self.config, self.workdir)
-        finish(folder, stage.name, config, commit, started, figures)
-        return figures
+
+
+def _distributed():
+    # Imported here so that `--help` and a wrong flag are answered at once.
+    from paras2s_jax.train import distributed
+
+    return distributed
 
 
 @functools.cache

@@ -82,19 +82,42 @@ def replicate_rest(tree: Any) -> Any:
     )
 
 
-def shard_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
-    """Spreads the rows of a process's batch over data and fsdp. Returns global arrays."""
-    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+def local_rows(mesh: Mesh, num_rows: int, axes: Sequence[str] = BATCH_AXES) -> np.ndarray:
+    """Which rows of a batch lie on this process's devices: int[n], ascending.
+
+    Processes that share rows (over tensor, say) get the same ones.
+    """
+    spread = NamedSharding(mesh, PartitionSpec(tuple(axes)))
+    held = spread.addressable_devices_indices_map((num_rows,)).values()
+    return np.unique(np.concatenate([np.arange(num_rows)[index] for index in held]))
+
+
+def shard_batch(
+    batch: Mapping[str, Any], mesh: Mesh, axes: Sequence[str] = BATCH_AXES
+) -> dict[str, Any]:
+    """Spreads rows over mesh axes. Returns global arrays.
+
+    batch: arrays that hold this process's `local_rows`, and scalars.
+    """
+    ways = math.prod(mesh.shape[axis] for axis in axes)
+    held = len(local_rows(mesh, ways, axes))
 
     def place(path, x):
         x = np.asarray(x)
-        num_rows = x.shape[0] * jax.process_count() if x.ndim else 0
-        if num_rows % ways:
+        if not x.ndim:
+            return jax.device_put(x, NamedSharding(mesh, PartitionSpec()))
+        if len(x) % held:
             raise ValueError(
-                f"batch{jax.tree_util.keystr(path)}: {num_rows} rows do not divide over {ways} "
-                f"devices (data x fsdp); change batch_size or `mesh`"
+                f"batch{jax.tree_util.keystr(path)}: {len(x)} rows do not divide over {held} "
+                f"devices ({' x '.join(axes)}); change batch_size or `mesh`"
             )
-        spec = PartitionSpec(BATCH_AXES) if x.ndim else PartitionSpec()
-        return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), x)
+        num_rows = len(x) // held * ways
+        rows = local_rows(mesh, num_rows, axes)
+
+        def part(index):
+            return x[np.searchsorted(rows, np.arange(num_rows)[index[0]])]
+
+        spread = NamedSharding(mesh, PartitionSpec(tuple(axes)))
+        return jax.make_array_from_callback((num_rows, *x.shape[1:]), spread, part)
 
     return jax.tree_util.tree_map_with_path(place, dict(batch))

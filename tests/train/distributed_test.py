@@ -1,0 +1,107 @@
+"""What one process can tell of its part; two real ones are in multihost_test.py."""
+
+import os
+import signal
+import threading
+
+import jax
+import pytest
+
+from paras2s_jax.train import distributed
+from paras2s_jax.train.distributed import DistributedError, Preempted, Settings
+
+
+@pytest.fixture(autouse=True)
+def run(monkeypatch):
+    """A run of its own for every test, and the old SIGTERM after it."""
+    fresh = distributed._Run()
+    monkeypatch.setattr(distributed, "_run", fresh)
+    old = signal.getsignal(signal.SIGTERM)
+    yield fresh
+    signal.signal(signal.SIGTERM, old)
+
+
+@pytest.fixture
+def initialize(monkeypatch):
+    """Stands in for jax.distributed.initialize; lists its calls, or raises what is put in."""
+    calls, errors = [], []
+
+    def stand_in(*args, **kwargs):
+        calls.append((args, kwargs))
+        if errors:
+            raise errors[0]
+
+    monkeypatch.setattr(jax.distributed, "initialize", stand_in)
+    return calls, errors
+
+
+def test_nothing_is_started_where_nothing_is_said(initialize):
+    calls, errors = initialize
+    errors.append(ValueError("coordinator_address should be defined."))
+    distributed.start(Settings(), {})
+    assert len(calls) == 1
+    assert distributed.count() == 1 and distributed.is_main()
+    # A program that has used JAX already, such as a notebook, goes on alone too.
+    errors[0] = RuntimeError("jax.distributed.initialize() must be called before any JAX calls")
+    distributed.start(Settings(), {})
+
+
+@pytest.mark.parametrize(
+    "settings, environ",
+    [(Settings("off", "host:1", 2, 0), {}), (Settings(), {"SLURM_NTASKS": "1"})],
+)
+def test_neither_off_nor_a_lone_task_asks_jax(initialize, settings, environ):
+    distributed.start(settings, environ)
+    assert initialize[0] == []
+
+
+def test_given_addresses_reach_jax_and_no_cluster_is_looked_for(initialize):
+    calls, errors = initialize
+    errors.append(RuntimeError("cannot listen\nand more"))
+    with pytest.raises(DistributedError, match=r"cannot start: cannot listen$"):
+        distributed.start(Settings("auto", "host:1", 2, 1, heartbeat_s=7), {"SLURM_NTASKS": "1"})
+    ((args, kwargs),) = calls
+    assert args == ("host:1", 2, 1)
+    assert kwargs["cluster_detection_method"] == "deactivate"
+    assert kwargs["heartbeat_timeout_seconds"] == 7
+
+
+@pytest.mark.parametrize("given", [{"coordinator": "h:1"}, {"num_processes": 2, "process_id": 0}])
+def test_half_an_address_is_an_error(initialize, given):
+    with pytest.raises(DistributedError, match="all of --coordinator, --num_processes and"):
+        distributed.start(Settings(**given), {})
+
+
+def test_on_insists(initialize):
+    initialize[1].append(ValueError("coordinator_address should be defined."))
+    with pytest.raises(DistributedError, match="finds no cluster here"):
+        distributed.start(Settings("on"), {})
+
+
+def test_a_lone_process_waits_for_nobody():
+    distributed.barrier("alone", 0.0)
+    assert distributed.on_main("work", lambda: {"x": 1}) == {"x": 1}
+    distributed.finish()
+
+
+def test_sigterm_ends_a_lone_process_at_once_or_at_its_next_step(run):
+    distributed.start(Settings("off"))
+    assert not distributed.should_stop(1)
+    with pytest.raises(Preempted) as stopped:
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert stopped.value.code == 0
+    run.stop_asked = threading.Event()
+    with distributed.stopping_between_steps():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert distributed.should_stop(2)
+
+
+def test_missing_processes_are_read_from_the_service(monkeypatch):
+    monkeypatch.setattr(distributed, "_named", lambda number: f"process {number}")
+    message = (
+        "DEADLINE_EXCEEDED: Barrier timed out. Id: hello::0. This usually happens …\n"
+        "# of tasks that reached the barrier: 1/3.\n"
+        "The first task at the barrier: 0. Some timed out task names:\n1\n2\n\n\nRPC: /xla.c"
+    )
+    assert distributed._missing(message) == "process 1 and process 2 did not come"
+    assert distributed._missing("UNAVAILABLE: gone\nx") == "not reached (UNAVAILABLE: gone)"
