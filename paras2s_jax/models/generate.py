@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from paras2s_jax.models.attention import target
+from paras2s_jax.models.kv_cache import with_room
 from paras2s_jax.models.qwen2 import Qwen2LM, last_real, unroll_variables
 from paras2s_jax.models.sampling import Sampling, chosen_logp, draw
 
@@ -48,7 +49,8 @@ def generate(
     Compiled once per shape of the prompts and per setting; lengths within a shape are free.
 
     Args:
-      model, variables: {"params": …} and {"lora": …} if the model has adapters.
+      model, variables: {"params": …} and {"lora": …} if the model has adapters; either as they
+        are or in decoding_form.
       input_ids: int32[P, T], or inputs_embeds: float[P, T, D] (give one).
       attention_mask: bool or int[P, T], which prompt tokens are real, at least one per row;
         padding may stand on either side. Default all.
@@ -76,17 +78,27 @@ def generate(
     return _generate(model, variables, prompt, rng, max_new_tokens, group_size, ends, sampling)
 
 
+def decoding_form(model: Qwen2LM, variables: dict) -> tuple[Qwen2LM, dict]:
+    """Model and variables as `generate` steps through them fastest on the present platform.
+
+    It brings them there itself, at the cost of a copy of the weights in each call; do it
+    beforehand where the same weights generate often. One CPU device: see Qwen2Stack.unrolled.
+    """
+    if target() != ("cpu", 1) or model.unrolled:
+        return model, variables
+    return model.clone(unrolled=True), jax.jit(unroll_variables)(variables)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 4, 5, 6, 7))
 def _generate(
     model, variables, prompt, rng, max_new_tokens, group_size, ends, sampling
 ) -> Generated:
     prompt = _complete(prompt)
-    hidden, prefix = _prefill(model, variables, prompt)
+    hidden, kv = _prefill(model, variables, prompt)
     hidden = jnp.repeat(hidden, group_size, axis=0)
     rows = hidden.shape[0]
-    if target() == ("cpu", 1):
-        model, variables = model.clone(unrolled=True), unroll_variables(variables)
-        prefix = {name: tuple(stacked) for name, stacked in prefix.items()}
+    model, variables, kv = _for_steps(model, variables, kv)
+    cache, first, seen = _memory(model, kv, prompt["attention_mask"], max_new_tokens, group_size)
 
     def choose(state: Generated, step, hidden) -> Generated:
         logits = model.apply(variables, hidden, method="logits")
@@ -108,19 +120,38 @@ def _generate(
             state.tokens[step - 1][:, None],
             position_ids=start + step - 1,
             cache=cache,
-            cache_index=step - 1,
-            prefix=prefix,
-            prefix_mask=prompt["attention_mask"],
+            cache_index=first + step - 1,
+            **seen,
         )
         return step + 1, choose(state, step, out["hidden"][:, 0]), out["cache"]
 
     state = choose(_empty(rows, max_new_tokens), 0, hidden)
-    cache = model.init_cache(rows, max_new_tokens)
     _, state, _ = jax.lax.while_loop(goes_on, extend, (jnp.int32(1), state, cache))
     return state.replace(
         tokens=state.tokens.T,
         mean_logp=state.mean_logp / jnp.maximum(state.lens + state.finished, 1),
     )
+
+
+def _for_steps(model: Qwen2LM, variables: dict, kv: dict):
+    """decoding_form, and the prompt's keys and values as that form wants them."""
+    was_unrolled = model.unrolled
+    model, variables = decoding_form(model, variables)
+    if model.unrolled and not was_unrolled:
+        kv = {name: tuple(stacked) for name, stacked in kv.items()}
+    return model, variables, kv
+
+
+def _memory(model: Qwen2LM, kv: dict, mask: jax.Array, steps: int, group_size: int):
+    """What the steps see of the past: (cache, its slots in use, further arguments of the model).
+
+    A group reads its prompt as a prefix; a prompt's only answer goes on in the same cache.
+    """
+    if group_size == 1:
+        seen = jnp.pad(mask, ((0, 0), (0, steps)), constant_values=True)
+        return with_room(kv, steps), mask.shape[1], {"attention_mask": seen}
+    cache = model.init_cache(mask.shape[0] * group_size, steps)
+    return cache, 0, {"prefix": kv, "prefix_mask": mask}
 
 
 def _complete(prompt: dict) -> dict:

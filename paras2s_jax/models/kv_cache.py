@@ -24,6 +24,15 @@ def num_slots(cache: dict) -> int:
     return cache["k"][0].shape[-2]
 
 
+def with_room(kv: dict, room: int) -> dict:
+    """Keys and values of a call, as a cache with `room` more slots; per layer or stacked."""
+
+    def pad(x):
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, room), (0, 0)])
+
+    return jax.tree.map(pad, kv)
+
+
 def write(cache: dict, new: dict, layer: jax.Array | None, at: jax.Array) -> dict:
     """Puts new tokens [B, K, T, H] into the slots from `at` of a layer.
 
@@ -72,10 +81,10 @@ def make_view(
 ) -> View:
     """Angles and masks of one call on x: [B, T, D].
 
-    mask: bool or int[B, T], which of the call's own tokens are real (default all; a call that
-    writes to a cache must have real tokens only). positions: int32[B, T], or int32[3, B, T] if the
-    config has an mrope_section, by default cache_index + 0, 1, 2, …, padding included (only
-    differences matter).
+    mask: bool or int[B, T], which of the call's own tokens are real, or with a cache [B, S], which
+    of its slots are, the call's own included (default all). positions: int32[B, T], or
+    int32[3, B, T] if the config has an mrope_section, by default cache_index + 0, 1, 2, …, padding
+    included (only differences matter).
     """
     steps = x.shape[1]
     first = 0 if cache_index is None else cache_index
@@ -90,8 +99,6 @@ def make_view(
     slots = jnp.arange(steps if cache is None else num_slots(cache))
     seen = (slots <= own[:, None])[None]
     if mask is not None:
-        if cache is not None:
-            raise ValueError("tokens that go into a cache are all real: give no mask for them")
         seen = seen & mask.astype(bool)[:, None, :]
     if prefix_mask is not None:
         prefix_mask = prefix_mask.astype(bool)[:, None, :]

@@ -284,11 +284,11 @@ class Qwen2LM(nn.Module):
     ):
         """Logits of input_ids: int32[B, T] or of inputs_embeds: float[B, T, D] (give one).
 
-        attention_mask: bool or int[B, T] (nonzero = real) and position_ids: int32[B, T] or
-        int32[3, B, T], see make_view; cache, prefix, emit: see Qwen2Stack; cache_index: int32[],
-        how many slots are filled; prefix_mask: bool or int[P, S]. To decode after ragged prompts:
-        run them once with emit=("kv",), then pass out["kv"] and their mask as prefix, positions
-        counted from each prompt's length, and a cache for the new tokens.
+        attention_mask: bool or int[B, T], with a cache [B, S] (nonzero = real), and position_ids:
+        int32[B, T] or int32[3, B, T], see make_view; cache, prefix, emit: see Qwen2Stack;
+        cache_index: int32[], how many slots are filled; prefix_mask: bool or int[P, S]. To decode
+        after ragged prompts: run them once with emit=("kv",), then pass out["kv"] and their mask as
+        prefix, positions counted from each prompt's length, and a cache for the new tokens.
         Returns: (float32[B, T, V], out) with out["hidden"] float[B, T, D] and Qwen2Stack's.
         """
         x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds.astype(self.dtype)

@@ -17,7 +17,7 @@ from transformers.models.whisper import modeling_whisper
 from paras2s_jax.audio.mel import RATE_HZ, whisper_log_mel
 from paras2s_jax.convert import qwen2, whisper
 from paras2s_jax.convert.rules import import_params
-from paras2s_jax.models.generate import generate
+from paras2s_jax.models.generate import decoding_form, generate
 from paras2s_jax.models.qwen2 import Qwen2Config, Qwen2LM
 from paras2s_jax.models.whisper import WhisperEncoder
 from paras2s_jax.models.whisper_layers import WhisperConfig
@@ -112,6 +112,7 @@ def decode(
     variables = _shared(
         model, reference, qwen2.rules(config), lambda: qwen2.init(model, jax.random.key(0))
     )
+    model, variables = decoding_form(model, variables)
     ids = np.random.default_rng(0).integers(1, config.vocab_size, (rows, prompt)).astype(np.int32)
     inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.ones(ids.shape)}
 

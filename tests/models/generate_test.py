@@ -11,7 +11,7 @@ import transformers
 from paras2s_jax.convert import qwen2
 from paras2s_jax.convert.rules import Checkpoint, import_params
 from paras2s_jax.models import generate as generate_module
-from paras2s_jax.models.generate import generate
+from paras2s_jax.models.generate import decoding_form, generate
 from paras2s_jax.models.sampling import Sampling
 
 ROWS, PROMPT, STEPS, PAD = 3, 7, 64, 0
@@ -130,6 +130,16 @@ def test_scanned_layers_write_the_same(small, monkeypatch):
     monkeypatch.setattr(generate_module, "target", lambda: ("tpu", 1))
     got = generate(model.clone(scan_unroll=2), variables, **settings)
     np.testing.assert_array_equal(got.tokens, want.tokens)
+
+
+@pytest.mark.parametrize("group_size", [1, 2])
+def test_the_form_for_decoding_can_be_made_once(small, group_size):
+    _, model, variables = small
+    settings = {"input_ids": IDS, "max_new_tokens": 6, "group_size": group_size}
+    want = generate(model, variables, **settings)
+    form = decoding_form(model, variables)
+    assert form[0].unrolled and decoding_form(*form) == form
+    np.testing.assert_array_equal(generate(*form, **settings).tokens, want.tokens)
 
 
 def test_rows_end_at_their_end_token_and_stay_finished(small):
