@@ -272,6 +272,8 @@ def should_stop(step: int) -> bool:
 
 def _on_sigterm(signum: int, frame: object) -> None:
     _run.stop_asked.set()
+    # Schedulers repeat it; the first is being obeyed.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if not _run.loops_underway:
         raise Preempted("stopped by SIGTERM; the same command goes on.")
 

@@ -90,7 +90,9 @@ def test_sigterm_ends_a_lone_process_at_once_or_at_its_next_step(run):
     with pytest.raises(Preempted) as stopped:
         os.kill(os.getpid(), signal.SIGTERM)
     assert stopped.value.code == 0
+    os.kill(os.getpid(), signal.SIGTERM)  # Repeated, it changes nothing.
     run.stop_asked = threading.Event()
+    distributed.start(Settings("off"))
     with distributed.stopping_between_steps():
         os.kill(os.getpid(), signal.SIGTERM)
         assert distributed.should_stop(2)
