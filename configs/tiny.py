@@ -10,6 +10,8 @@ first.
 import ml_collections
 from ml_collections import ConfigDict
 
+from paras2s_jax.models import axes
+
 LEN_BUCKETS_S = (1.5, 2.0, 3.0, 4.2)
 
 
@@ -55,7 +57,11 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         raise ValueError(f"configs/tiny.py takes no argument or :from_scratch, not :{arg}.")
     c = ConfigDict()
     c.seed = 0
+    # Devices: another mesh of the same ones may be given for decoding.
     c.mesh = ConfigDict(dict(data=1, fsdp=1, tensor=1))
+    c.decode_mesh = ConfigDict(dict(data=1, fsdp=1, tensor=1))
+    c.rules = axes.TRAIN_RULES
+    c.decode_rules = axes.DECODE_RULES
 
     # Speech, all at 16 kHz.
     c.synthesize = ConfigDict(

@@ -6,7 +6,6 @@ train: verdicts -> reward model; evaluate: against verdicts on queries it never 
 Each part continues where it was stopped.
 """
 
-import functools
 import hashlib
 import json
 import math
@@ -20,22 +19,22 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from jax.sharding import Mesh
 from tqdm import tqdm
 
 from paras2s_jax.align import rewards
 from paras2s_jax.align.pairs import pair_rows, query_rows
+from paras2s_jax.align.phases import Responder
 from paras2s_jax.align.policy import Frontend, SpeechPolicy, texts_of
 from paras2s_jax.audio import wave as wave_lib
 from paras2s_jax.data.batches import Batches
 from paras2s_jax.data.records import Query, Response, Verdict, read_jsonl, write_jsonl
 from paras2s_jax.data.tokenizer import TextTokenizer
-from paras2s_jax.train import sharding
 from paras2s_jax.train.checkpoint import Checkpointer
 from paras2s_jax.train.loop import Source, fit
 from paras2s_jax.train.metrics import MetricWriter
+from paras2s_jax.train.sharding import ONE_DEVICE, ONE_DEVICE_LAYOUTS, Layout, Layouts, Program
 from paras2s_jax.train.state import TrainState
-from paras2s_jax.train.step import make_update
+from paras2s_jax.train.step import Update, make_update
 
 AUDIO_KEYS = ("query", "answer")
 SCALAR_KEYS = ("score", "style", "tone")
@@ -61,6 +60,8 @@ def sample(
     seed: int,
     version: str,
     system: str = "sft",
+    layouts: Layouts = ONE_DEVICE_LAYOUTS,
+    dtype: Any = None,
 ) -> list[Response]:
     """Samples answers; sampling at a higher temperature is a matter of `policy.text`, `.audio`.
 
@@ -70,6 +71,7 @@ def sample(
         num_samples: N answers per query.
         batch_size: queries per batch; the batch holds batch_size * N answers.
         version: names the policy's weights; answers of other weights are discarded.
+        layouts, dtype: see phases.Responder.
 
     Returns:
         all responses.
@@ -99,12 +101,16 @@ def sample(
     # Parts are written in order, each after its wavs.
     done = len(list(parts.glob("*.jsonl")))
     batches.restore({"epoch": 0, "batch": done})
-    respond = jax.jit(functools.partial(policy.respond, group_size=num_samples))
+    respond = Responder(policy, layouts, group_size=num_samples, dtype=dtype)
+    variables = layouts.train.place(variables, policy.boxed())
+    frontend = layouts.train.place(frontend, policy.boxed_frontend(frontend))
     with tqdm(total=len(batches), initial=done, desc=f"{system}: sample", unit="batch") as bar:
         for index in range(done, len(batches)):
             batch = next(batches)
             rng = jax.random.fold_in(jax.random.key(seed), index)
-            rollout, answers = respond(variables, frontend, batch["query"], batch["query_len"], rng)
+            heard = {key: batch[key] for key in ("query", "query_len")}
+            heard = layouts.train.place_batch(heard, num_samples)
+            rollout, answers = respond(variables, frontend, heard, rng)
             texts = texts_of(policy, rollout, tokenizer)
             waves, lens, finished = jax.device_get((answers.waves, answers.lens, rollout.finished))
             rows = [
@@ -231,6 +237,19 @@ def hold_out(rows: Sequence[dict], share: float) -> tuple[list[dict], list[dict]
     return [row for row in rows if not is_held_out(row)], held_out
 
 
+def make_reward_update(
+    reward_model: rewards.RewardModel,
+    optimizer: optax.GradientTransformation,
+    *,
+    findings_weight: float = 0.0,
+    accum_steps: int = 1,
+    layout: Layout = ONE_DEVICE,
+) -> Update:
+    """The step of `train`, on batches of AUDIO_KEYS and SCALAR_KEYS."""
+    loss_fn = rewards.make_loss(reward_model, findings_weight)
+    return make_update(loss_fn, optimizer, accum_steps=accum_steps, layout=layout)
+
+
 def train(
     reward_model: rewards.RewardModel,
     variables: Mapping[str, Any],
@@ -242,7 +261,7 @@ def train(
     trainable: str = "lora|projector",
     findings_weight: float = 0.0,
     accum_steps: int = 1,
-    mesh: Mesh | None = None,
+    layout: Layout = ONE_DEVICE,
     checkpointer: Checkpointer | None = None,
     save_every: int = 100,
     writer: MetricWriter | None = None,
@@ -254,14 +273,19 @@ def train(
     batches: repeating, with AUDIO_KEYS and SCALAR_KEYS.
     Returns: all variables after `num_steps`.
     """
+    variables = layout.place(variables, reward_model.boxed())
     state = TrainState.create(variables, optimizer, rng, trainable=trainable)
-    loss_fn = rewards.make_loss(reward_model, findings_weight)
-    update = make_update(loss_fn, optimizer, accum_steps=accum_steps)
+    update = make_reward_update(
+        reward_model,
+        optimizer,
+        findings_weight=findings_weight,
+        accum_steps=accum_steps,
+        layout=layout,
+    )
 
     def place(batch):
         keys = [name for key in AUDIO_KEYS for name in (key, f"{key}_len")]
-        arrays = {key: batch[key] for key in (*keys, *SCALAR_KEYS)}
-        return arrays if mesh is None else sharding.shard_batch(arrays, mesh)
+        return layout.place_batch({key: batch[key] for key in (*keys, *SCALAR_KEYS)})
 
     state = fit(
         state,
@@ -283,16 +307,20 @@ def predict(
     variables: Mapping[str, Any],
     batches: Iterable[Mapping[str, np.ndarray]],
     num_rows: int,
+    layout: Layout = ONE_DEVICE,
 ) -> np.ndarray:
     """The reward model's score of every row. batches: one pass with AUDIO_KEYS.
 
     Returns: float32[num_rows], in the order of the rows.
     """
-    score = jax.jit(reward_model.score)
+    score = Program("score", reward_model.score, layout)
+    variables = layout.place(variables, reward_model.boxed())
     found = np.full(num_rows, np.nan, np.float32)
     for batch in batches:
-        answers, lens = batch["answer"][:, None], batch["answer_len"][:, None]
-        scores = np.asarray(score(variables, batch["query"], batch["query_len"], answers, lens))
+        heard = {name: batch[name] for key in AUDIO_KEYS for name in (key, f"{key}_len")}
+        heard = layout.place_batch(heard)
+        answers, lens = heard["answer"][:, None], heard["answer_len"][:, None]
+        scores = np.asarray(score(variables, heard["query"], heard["query_len"], answers, lens))
         found[batch["row"][batch["valid"]]] = scores[batch["valid"], 0]
     return found
 

@@ -1,7 +1,7 @@
 """GRPO (arXiv 2402.03300) on both token streams: the only file that knows the order.
 
-rollout -> waveforms -> rewards -> advantages (one jitted call), then the inner epochs of the
-clipped objective with a KL term to the frozen SFT policy (paper.md, section 3).
+rollout -> waveforms -> rewards -> advantages, then the inner epochs of the clipped objective with a
+KL term to the frozen SFT policy (paper.md, section 3).
 """
 
 import dataclasses
@@ -12,16 +12,17 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 
 from paras2s_jax.align import losses, rollout
-from paras2s_jax.align.policy import Frontend, SpeechPolicy, masks_of, on_mesh, texts_of
+from paras2s_jax.align.phases import Call, Responder
+from paras2s_jax.align.policy import Frontend, SpeechPolicy, masks_of, texts_of
 from paras2s_jax.data.tokenizer import TextTokenizer
-from paras2s_jax.train import sharding
+from paras2s_jax.models import decode
+from paras2s_jax.models.lora import NO_LORA
 from paras2s_jax.train.checkpoint import Checkpointer
 from paras2s_jax.train.loop import Source, fit
 from paras2s_jax.train.metrics import MetricWriter
+from paras2s_jax.train.sharding import ONE_DEVICE_LAYOUTS, Layouts, Program
 from paras2s_jax.train.state import TrainState, step_rng
 from paras2s_jax.train.step import Sums, make_update
 
@@ -86,19 +87,20 @@ def make_loss(policy: SpeechPolicy, settings: Settings):
         old_logp = experience.old_logp
         if old_logp is None:
             old_logp = jax.lax.stop_gradient(out["logp"])
+        masks = masks_of(experience.streams)
         sums = losses.policy_loss(
             out["logp"],
             old_logp,
             experience.ref_logp,
             experience.advantages,
-            masks_of(experience.streams),
+            masks,
             entropy=out["entropy"],
             beta=settings.beta,
             clip_low=settings.clip_low,
             clip_high=settings.clip_high,
             kl_estimator=settings.kl_estimator,
             loss_type=settings.loss_type,
-            max_tokens=len(losses.STREAMS) * policy.max_steps,
+            max_tokens=len(masks) * policy.max_steps,
         )
         return Sums(*sums)
 
@@ -110,49 +112,117 @@ class GrpoUpdate:
 
     The batch holds query waves only. The random numbers of a step follow from the state alone, so
     that a resumed run repeats an unbroken one. The state's params and opt_state are donated.
+
+    One program per phase: hear, reshard, rollout and speak (align.phases), reward, reference and
+    update. They are dispatched one after the other, and nothing waits for the device but an audit.
     """
 
     def __init__(
         self,
         policy: SpeechPolicy,
-        reference: Mapping[str, Any],
+        reference: Mapping[str, Any] | None,
         frontend: Frontend,
         reward_fn: rollout.RewardFn,
         reward_variables: Any,
         optimizer: optax.GradientTransformation,
         settings: Settings,
         *,
+        layouts: Layouts = ONE_DEVICE_LAYOUTS,
+        rollout_dtype: Any = None,
         audit: Audit | None = None,
-        mesh: Mesh | None = None,
     ):
+        """Takes arrays where layouts.train wants them, or ShapeDtypeStructs for `calls` only.
+
+        reference: may share arrays with the policy; None for one of which only adapters are
+        trained: its own params without them. rollout_dtype: of the weights that answers are sampled with, None: as they are.
+        """
         if policy.text.is_greedy or policy.audio.is_greedy:
             raise ValueError("GRPO explores by sampling: set both streams' temperature above 0.")
         self._policy, self._settings, self._audit = policy, settings, audit
-        self._mesh = mesh
-        self._frozen = on_mesh((reference, frontend, reward_variables), mesh)
-        self._collect = jax.jit(
-            functools.partial(
-                rollout.collect,
-                policy,
-                reward_fn,
-                group_size=settings.group_size,
-                scale_by_std=settings.scale_by_std,
-                num_epochs=settings.num_epochs,
-                num_chunks=settings.accum_steps,
-                audit_prompts=audit.num_prompts if audit else 0,
-                mesh=mesh,
-            )
+        self._reference, self._frontend = reference, frontend
+        self._reward_variables = reward_variables
+        self._layouts = layouts
+        self._responder = Responder(
+            policy, layouts, group_size=settings.group_size, dtype=rollout_dtype
         )
-        loss_fn = make_loss(policy, settings)
-        self._update = make_update(loss_fn, optimizer, accum_steps=settings.accum_steps)
+        self._reward = self._make_reward(reward_fn)
+        self._compare = self._make_reference()
+        self._excerpt = self._make_excerpt()
+        self._update = make_update(
+            make_loss(policy, settings),
+            optimizer,
+            accum_steps=settings.accum_steps,
+            layout=layouts.train,
+        )
+        self._clock: tuple[Any, int] = (None, 0)
+
+    def _make_reward(self, reward_fn: rollout.RewardFn) -> Program:
+        train = self._layouts.train
+
+        def reward(variables, batch, sampled, answers):
+            return rollout.reward_answers(
+                reward_fn,
+                variables,
+                batch,
+                sampled,
+                answers,
+                scale_by_std=self._settings.scale_by_std,
+            )
+
+        return Program("reward", reward, train, place=functools.partial(train.rows, grouped=True))
+
+    def _make_reference(self) -> Program:
+        """(reference, variables or None, prompt, rollout) -> streams and their log-probabilities.
+
+        variables: of the policy, whose own are needed only for more than one epoch.
+        """
+        train, policy, settings = self._layouts.train, self._policy, self._settings
+        frozen_policy = policy
+        if "lora" not in (self._reference or {}):
+            frozen_policy = dataclasses.replace(policy, model=policy.model.clone(lora=NO_LORA))
+
+        def reference(frozen, variables, prompt, sampled):
+            streams = decode.rollout_streams(policy.model.config, sampled)
+            logp = functools.partial(
+                rollout.logp_in_chunks,
+                prompt=prompt,
+                streams=streams,
+                num_chunks=settings.accum_steps,
+            )
+            ref_logp = logp(frozen_policy, frozen)
+            return streams, ref_logp, None if variables is None else logp(policy, variables)
+
+        place = functools.partial(train.rows, grouped=True)
+        return Program("reference", reference, train, place=place)
+
+    def _make_excerpt(self) -> Program:
+        """The answers to the first prompts, on every device."""
+        train, size = self._layouts.train, self._audit.num_prompts if self._audit else 0
+
+        def excerpt(spoken):
+            return jax.tree.map(lambda x: x[:size], spoken)
+
+        def place(tree):
+            return jax.tree.map(lambda _: train.whole, tree)
+
+        return Program("excerpt", excerpt, train, place=place)
 
     def __call__(self, state: TrainState, batch: Mapping[str, Any]):
+        step = self._step_of(state)
         batch = {name: batch[name] for key in AUDIO_KEYS for name in (key, f"{key}_len")}
-        experience, metrics, spoken = self._collect(
-            state.variables, *self._frozen, batch, step_rng(state)
-        )
-        if self._audit and int(state.step) % self._audit.every == 0:
+        rng, responder = step_rng(state), self._responder
+        prompt = responder.hear(self._frontend, batch)
+        weights = responder.reshard(state.params, state.frozen)
+        sampled = responder.rollout(weights, prompt, rng)
+        del weights
+        answers = responder.speak(self._frontend, sampled, rng)
+        advantages, metrics = self._reward(self._reward_variables, batch, sampled, answers)
+        streams, ref_logp, old_logp = self._compare(*self._compared(state), prompt, sampled)
+        if self._audit and step % self._audit.every == 0:
+            spoken = self._excerpt(rollout.Spoken(sampled, answers))
             metrics = metrics | {"asr/wer": self._word_error_rate(spoken)}
+        del sampled, answers
+        experience = rollout.Experience(prompt, streams, ref_logp, old_logp, advantages)
         next_step = state.step + 1
         epochs = []
         for _ in range(self._settings.num_epochs):
@@ -160,13 +230,47 @@ class GrpoUpdate:
             epochs.append(values)
         # A step is one rollout, however many updates it feeds.
         state = state.replace(step=next_step)
+        self._clock = (next_step, step + 1)
         means = jax.tree.map(lambda *values: sum(values) / len(values), *epochs)
         return state, metrics | means
 
+    def _step_of(self, state: TrainState) -> int:
+        """The number of the step; to read it from the device would wait for the step before."""
+        array, step = self._clock
+        return step if array is state.step else int(state.step)
+
+    def _compared(self, state: TrainState) -> tuple[Any, Any]:
+        """Variables whose log-probabilities are needed: the reference's, and the policy's or None.
+
+        The policy's own are what the ratio starts from, if there is more than one epoch.
+        """
+        own = state.variables if self._settings.num_epochs > 1 else None
+        if self._reference is not None:
+            return self._reference, own
+        if "params" in state.params:
+            raise ValueError(
+                "without a reference only adapters may be trained, or there would be none: "
+                "give a reference, or set trainable to match the lora collection only"
+            )
+        return {"params": state.frozen["params"]}, own
+
+    def calls(self, state: TrainState, batch: Mapping[str, Any]) -> list[Call]:
+        """The programs of a step in order, with abstract arguments; reshard if weights move.
+
+        state: TrainState.abstract. batch: query float32[P, L], query_len int32[P], abstract.
+        """
+        variables = state.variables
+        calls = self._responder.calls(variables, self._frontend, batch, params=state.params)
+        by_name = {call.name: call for call in calls}
+        prompt, answers = by_name["hear"].outputs(), by_name["speak"].outputs()
+        sampled = by_name["speak"].args[1]
+        reward = Call(self._reward, (self._reward_variables, batch, sampled, answers))
+        reference = Call(self._compare, (*self._compared(state), prompt, sampled))
+        experience = rollout.Experience(prompt, *reference.outputs(), reward.outputs()[0])
+        return [*calls, reward, reference, Call(self._update, (state, experience))]
+
     def _word_error_rate(self, spoken: rollout.Spoken) -> float:
         """Word error rate of the audited answers against their own text streams."""
-        if jax.process_count() > 1:
-            spoken = multihost_utils.process_allgather(spoken, tiled=True)
         written = texts_of(self._policy, spoken.rollout, self._audit.tokenizer)
         waves, lens = jax.device_get((spoken.answers.waves, spoken.answers.lens))
         length = waves.shape[-1]
@@ -178,7 +282,7 @@ class GrpoUpdate:
 def train(
     policy: SpeechPolicy,
     variables: Mapping[str, Any],
-    reference: Mapping[str, Any],
+    reference: Mapping[str, Any] | None,
     frontend: Frontend,
     reward_fn: rollout.RewardFn,
     reward_variables: Any,
@@ -190,7 +294,8 @@ def train(
     rng: jax.Array,
     trainable: str = "",
     audit: Audit | None = None,
-    mesh: Mesh | None = None,
+    layouts: Layouts = ONE_DEVICE_LAYOUTS,
+    rollout_dtype: Any = None,
     checkpointer: Checkpointer | None = None,
     save_every: int = 20,
     writer: MetricWriter | None = None,
@@ -201,29 +306,36 @@ def train(
 
     Args:
         variables: of policy.model to start from; not consumed.
-        reference: of policy.model, frozen: the SFT policy.
+        reference: of policy.model, frozen: the SFT policy; None if only adapters are trained.
+        reward_variables: where layouts.train wants them; what is on no mesh goes everywhere.
         batches: repeating, with the audio key "query"; batch_size is P.
         optimizer: takes num_epochs steps per rollout.
+        layouts, rollout_dtype: see GrpoUpdate.
 
     Returns:
         all variables after `num_steps` rollouts.
     """
+    layout, boxed = layouts.train, policy.boxed()
+    if reference is not None:
+        reference = layout.place(reference, {kind: boxed[kind] for kind in reference})
+    variables = layout.place(variables, boxed)
     state = TrainState.create(variables, optimizer, rng, trainable=trainable)
     update = GrpoUpdate(
         policy,
         reference,
-        frontend,
+        layout.place(frontend, policy.boxed_frontend(frontend)),
         reward_fn,
-        reward_variables,
+        layout.replicate_rest(reward_variables),
         optimizer,
         settings,
+        layouts=layouts,
+        rollout_dtype=rollout_dtype,
         audit=audit,
-        mesh=mesh,
     )
 
     def place(batch):
         arrays = {key: batch[key] for key in ("query", "query_len")}
-        return sharding.shard_batch(arrays, mesh)
+        return layout.place_batch(arrays, settings.group_size)
 
     state = fit(
         state,
@@ -235,6 +347,6 @@ def train(
         writer=writer,
         log_every=log_every,
         progress_label=label,
-        make_batch=place if mesh is not None else None,
+        make_batch=place,
     )
     return state.variables

@@ -5,25 +5,24 @@ that every caller may jit, shard or swap them.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from paras2s_jax.audio.mel import RATE_HZ, whisper_log_mel
 from paras2s_jax.audio.resample import resample_rows
 from paras2s_jax.data.tokenizer import TextTokenizer
-from paras2s_jax.models import decode
+from paras2s_jax.models import axes, decode
 from paras2s_jax.models.decode import Rollout
 from paras2s_jax.models.kimi_audio import KimiAudio, Prompt, audio_prompt, response_streams
+from paras2s_jax.models.placement import constrain
 from paras2s_jax.models.sampling import Sampling
 from paras2s_jax.models.whisper import WhisperEncoder, kimi_features, kimi_speech_features
-from paras2s_jax.train.sharding import BATCH_AXES
 
+# What a policy writes; one for text alone has the first only.
+STREAMS = ("text", "audio")
 # Streams end with text_eos or msg_end, one step more than their content.
 END_STEPS = 1
 
@@ -74,6 +73,21 @@ class SpeechPolicy:
     audio: Sampling
     pieces_of_30_s: bool = False
     logp_chunk: int | None = None
+
+    def boxed(self) -> Any:
+        """Shapes, types and logical axes of the model's variables; makes no arrays."""
+        ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+        return jax.eval_shape(self.model.init, jax.random.key(0), ids, ids)
+
+    def boxed_frontend(self, frontend: Frontend) -> Frontend:
+        """The same of the front end; a part without logical axes is given as it is."""
+        mel = jax.ShapeDtypeStruct((1, 16, self.encoder.config.num_mel_bins), jnp.float32)
+        encoder = jax.eval_shape(self.encoder.init, jax.random.key(0), mel)
+        parts = (
+            part.boxed() if hasattr(part, "boxed") else part
+            for part in (frontend.speech_tokenizer, frontend.detokenizer)
+        )
+        return Frontend({"params": encoder["params"]}, *parts)
 
     def prompt(self, frontend: Frontend, waves: jax.Array, lens: jax.Array) -> Prompt:
         """Prompts of spoken queries.
@@ -130,27 +144,11 @@ class SpeechPolicy:
         """Waveforms of sampled answers. rng is for detokenizers that draw noise."""
         codes, len_codes = decode.codes_of(self.model.config, rollout)
         num_prompts, group_size, steps = codes.shape
-        waves, lens = frontend.detokenizer.decode(
-            codes.reshape(-1, steps), len_codes.reshape(-1), rng
-        )
+        flat = constrain(codes.reshape(-1, steps), (axes.ACT_BATCH, None))
+        waves, lens = frontend.detokenizer.decode(flat, len_codes.reshape(-1), rng)
         waves, lens = resample_rows(waves, lens, frontend.detokenizer.rate_hz, RATE_HZ)
         shape = (num_prompts, group_size)
         return Answers(codes, len_codes, waves.reshape(*shape, -1), lens.reshape(shape))
-
-    def respond(
-        self,
-        variables,
-        frontend: Frontend,
-        waves: jax.Array,
-        lens: jax.Array,
-        rng: jax.Array,
-        group_size: int = 1,
-    ) -> tuple[Rollout, Answers]:
-        """Queries float32[P, L] and lens int32[P] -> G answers each; to be jitted by the caller."""
-        draw_rng, wave_rng = jax.random.split(rng)
-        prompt = self.prompt(frontend, waves, lens)
-        rollout = self.rollout(variables, prompt, draw_rng, group_size)
-        return rollout, self.speak(frontend, rollout, wave_rng)
 
     def logp(self, variables, prompt: Prompt, streams, *, at_temperature: bool) -> dict:
         """Log-probability and entropy of the streams' targets.
@@ -182,7 +180,8 @@ class SpeechPolicy:
 
 def masks_of(streams: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Where the policy chose, per stream: bool[P, G, R]."""
-    return {"text": streams["text_mask"], "audio": streams["audio_mask"]}
+    names = [name for name in STREAMS if f"{name}_mask" in streams]
+    return {name: streams[f"{name}_mask"] for name in names}
 
 
 def texts_of(policy: SpeechPolicy, rollout: Rollout, tokenizer: TextTokenizer) -> list[list[str]]:
@@ -192,50 +191,3 @@ def texts_of(policy: SpeechPolicy, rollout: Rollout, tokenizer: TextTokenizer) -
         [tokenizer.decode(row[:length]) for row, length in zip(group, group_lens, strict=True)]
         for group, group_lens in zip(ids, lens, strict=True)
     ]
-
-
-def make_respond_batch(
-    policy: SpeechPolicy, variables, frontend: Frontend, tokenizer: TextTokenizer
-) -> Callable[
-    [np.ndarray, np.ndarray, jax.Array],
-    tuple[np.ndarray, np.ndarray, Sequence[str], np.ndarray],
-]:
-    """One sampled answer per query, as `bench.systems.PolicySystem` wants it.
-
-    Returns: (waves float32[B, L], lens int32[B], rng) -> (waves float32[B, L'], lens int32[B],
-    B texts, finished bool[B]).
-    """
-    respond = jax.jit(policy.respond)
-
-    def respond_batch(waves, lens, rng):
-        rollout, answers = respond(variables, frontend, waves, lens, rng)
-        texts = [group[0] for group in texts_of(policy, rollout, tokenizer)]
-        return (
-            np.asarray(answers.waves[:, 0]),
-            np.asarray(answers.lens[:, 0]),
-            texts,
-            np.asarray(rollout.finished[:, 0]),
-        )
-
-    return respond_batch
-
-
-def on_mesh(tree: Any, mesh: Mesh | None) -> Any:
-    """Copies what lies on no mesh yet to every device of `mesh`."""
-    if mesh is None:
-        return tree
-    whole = NamedSharding(mesh, PartitionSpec())
-
-    def place(x):
-        is_placed = isinstance(x, jax.Array) and isinstance(x.sharding, NamedSharding)
-        return x if is_placed else jax.device_put(x, whole)
-
-    return jax.tree.map(place, tree)
-
-
-def spread(tree: Any, mesh: Mesh | None) -> Any:
-    """Inside jit: keeps the rows of every array spread over data and fsdp."""
-    if mesh is None:
-        return tree
-    rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
-    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, rows), tree)

@@ -4,10 +4,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
-from jax.sharding import Mesh
 
 from paras2s_jax.align import sft
 from paras2s_jax.align.policy import Frontend, SpeechPolicy
+from paras2s_jax.train.sharding import ONE_DEVICE, Layout
 
 
 def nll_growth(
@@ -17,7 +17,7 @@ def nll_growth(
     frontend: Frontend,
     batches: Iterable[Mapping[str, np.ndarray]],
     *,
-    mesh: Mesh | None = None,
+    layout: Layout = ONE_DEVICE,
 ) -> dict[str, float]:
     """Relative growth of the answers' negative log-likelihood from `before` to `after`.
 
@@ -29,7 +29,7 @@ def nll_growth(
         {"nll_before", "nll_after", "nll_growth" = after / before - 1}, per token of both streams.
     """
     nll = [
-        sft.evaluate(policy, variables, frontend, batches, mesh=mesh)["nll"]
+        sft.evaluate(policy, variables, frontend, batches, layout=layout)["nll"]
         for variables in (before, after)
     ]
     return {"nll_before": nll[0], "nll_after": nll[1], "nll_growth": nll[1] / nll[0] - 1.0}

@@ -103,11 +103,7 @@ class RewardModel:
         Raises:
             ValueError: the tower has no such part, or another shape.
         """
-        slots = np.full((1, 2), self.model.config.audio_token_index, np.int32)
-        ids = np.concatenate([slots, np.array([self.prompt.after], np.int32)], axis=1)
-        mel = np.zeros((1, 8, self.model.config.audio.num_mel_bins), np.float32)
-        make = jax.jit(lambda rng: self.model.init(rng, mel, ids, method="init_all"))
-        variables = sharding.unbox(make(rng))
+        variables = sharding.unbox(jax.jit(self._init)(rng))
         if tower is not None:
             params = dict(variables["params"])
             fresh = params["audio_tower"]
@@ -121,6 +117,16 @@ class RewardModel:
             params["audio_tower"] = {**fresh, **jax.tree.map(jnp.asarray, dict(tower))}
             variables = {**variables, "params": params}
         return variables
+
+    def _init(self, rng: jax.Array) -> Any:
+        slots = np.full((1, 2), self.model.config.audio_token_index, np.int32)
+        ids = np.concatenate([slots, np.array([self.prompt.after], np.int32)], axis=1)
+        mel = np.zeros((1, 8, self.model.config.audio.num_mel_bins), np.float32)
+        return self.model.init(rng, mel, ids, method="init_all")
+
+    def boxed(self) -> Any:
+        """Shapes, types and logical axes of the variables; makes no arrays."""
+        return jax.eval_shape(self._init, jax.random.key(0))
 
     def readings(
         self,

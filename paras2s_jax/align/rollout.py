@@ -1,4 +1,4 @@
-"""One batch of experience: G sampled answers per query, spoken, rewarded, compared. Jit-able."""
+"""From sampled answers to experience: rewards, advantages, log-probabilities. Jit-able."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import jiwer
 from flax import struct
-from jax.sharding import Mesh
 
 from paras2s_jax.align.advantages import group_advantages, reward_metrics
-from paras2s_jax.align.policy import Answers, Frontend, SpeechPolicy, masks_of, spread
+from paras2s_jax.align.policy import Answers, SpeechPolicy
 from paras2s_jax.data.tokenizer import normalize
 from paras2s_jax.models import decode
 from paras2s_jax.models.kimi_audio import Prompt
@@ -44,75 +43,59 @@ class Spoken(struct.PyTreeNode):
     answers: Answers
 
 
-def collect(
-    policy: SpeechPolicy,
+def reward_answers(
     reward_fn: RewardFn,
-    variables: Any,
-    reference: Any,
-    frontend: Frontend,
     reward_variables: Any,
     batch: Mapping[str, jax.Array],
-    rng: jax.Array,
+    rollout: decode.Rollout,
+    answers: Answers,
     *,
-    group_size: int,
     scale_by_std: bool = True,
-    num_epochs: int = 1,
-    num_chunks: int = 1,
-    audit_prompts: int = 0,
-    mesh: Mesh | None = None,
-) -> tuple[Experience, dict[str, jax.Array], Spoken]:
-    """Samples, speaks, rewards and compares one batch of queries.
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Rewards answers to queries and compares those of a group.
 
-    Args:
-        variables, reference: of policy.model: the policy now, and the frozen one of the KL term.
-        batch: query float32[P, L] at 16 kHz, query_len int32[P].
-        num_chunks: log-probabilities are computed for P / num_chunks prompts at a time.
-        audit_prompts: how many prompts' answers to hand out.
-
-    Returns:
-        (experience, metrics {name: float32[]}, the answers to the first `audit_prompts`).
+    batch: query float32[P, L] at 16 kHz, query_len int32[P].
+    Returns: (advantages float32[P, G], metrics {name: float32[]}).
     """
-    draw_rng, wave_rng = jax.random.split(rng)
-    prompt = spread(policy.prompt(frontend, batch["query"], batch["query_len"]), mesh)
-    rollout = spread(policy.rollout(variables, prompt, draw_rng, group_size), mesh)
-    answers = spread(policy.speak(frontend, rollout, wave_rng), mesh)
     rewards = reward_fn(reward_variables, batch["query"], batch["query_len"], answers)
     # An answer without speech has no sound to judge, whatever the reward function makes of it.
     rewards = jnp.where(answers.len_codes > 0, rewards, jnp.nan)
-    streams = decode.rollout_streams(policy.model.config, rollout)
-
-    def logp_under(variables):
-        def chunk(inputs):
-            return policy.logp(variables, *inputs, at_temperature=True)["logp"]
-
-        return jax.lax.stop_gradient(_in_chunks(chunk, (prompt, streams), num_chunks))
-
-    experience = Experience(
-        prompt=prompt,
-        streams=streams,
-        ref_logp=logp_under(reference),
-        old_logp=logp_under(variables) if num_epochs > 1 else None,
-        advantages=group_advantages(rewards, scale_by_std=scale_by_std),
-    )
-    sums = reward_metrics(rewards) | answer_metrics(streams, rollout.finished, answers)
+    masks = {"text": rollout.text_mask, "audio": rollout.audio_mask}
+    sums = reward_metrics(rewards) | answer_metrics(masks, rollout.finished, answers)
     metrics = {name: total / weight for name, (total, weight) in sums.items()}
-    audited = jax.tree.map(lambda x: x[:audit_prompts], Spoken(rollout, answers))
-    return spread(experience, mesh), metrics, audited
+    return group_advantages(rewards, scale_by_std=scale_by_std), metrics
+
+
+def logp_in_chunks(
+    policy: SpeechPolicy,
+    variables: Any,
+    prompt: Prompt,
+    streams: dict[str, jax.Array],
+    num_chunks: int = 1,
+) -> dict[str, jax.Array]:
+    """Log-probabilities of answers under the distribution that they are sampled from.
+
+    num_chunks: they are computed for P / num_chunks prompts at a time.
+    Returns: {stream: float32[P, G, R]}.
+    """
+
+    def chunk(inputs):
+        return policy.logp(variables, *inputs, at_temperature=True)["logp"]
+
+    return jax.lax.stop_gradient(_in_chunks(chunk, (prompt, streams), num_chunks))
 
 
 def answer_metrics(
-    streams: Mapping[str, jax.Array], finished: jax.Array, answers: Answers
+    masks: Mapping[str, jax.Array], finished: jax.Array, answers: Answers
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
     """Sums and weights (answers) of lengths and of two alarms of reward hacking.
 
-    `len/text`, `len/audio`: tokens the policy chose; `answer/finished`: share that ended before
-    the limit; `answer/level_db`: mean level re full scale; `answer/silent`: share without sound.
+    masks: {stream: bool[P, G, R]}. `len/text`, `len/audio`: tokens the policy chose;
+    `answer/finished`: share that ended before the limit; `answer/level_db`: mean level re full
+    scale; `answer/silent`: share without sound.
     """
     count = jnp.float32(finished.size)
-    sums = {
-        f"len/{stream}": mask.sum().astype(jnp.float32)
-        for stream, mask in masks_of(streams).items()
-    }
+    sums = {f"len/{stream}": mask.sum().astype(jnp.float32) for stream, mask in masks.items()}
     power = jnp.square(answers.waves).sum(axis=-1) / jnp.maximum(answers.lens, 1)
     level_db = 10.0 * jnp.log10(power + 1e-10)
     sums |= {

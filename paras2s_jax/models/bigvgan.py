@@ -22,6 +22,7 @@ import numpy as np
 from paras2s_jax.audio import mel as mel_lib
 from paras2s_jax.models import axes
 from paras2s_jax.models.layers import KERNEL_INIT
+from paras2s_jax.models.placement import constrain
 from paras2s_jax.models.snake import TAPS, activate, lowpass_filter, silence_rest
 
 EDGE_KERNEL = 7  # Width of the first and the last convolution.
@@ -313,7 +314,7 @@ class BigVGAN(nn.Module):
             if stage == 0:
                 out |= {"up0": x} | {f"resblock{j}": y for j, y in enumerate(ys)}
             x = sum(ys) / num_kernels
-            x = nn.with_logical_constraint(x, (axes.ACT_BATCH, axes.ACT_LEN, None))
+            x = constrain(x, (axes.ACT_BATCH, axes.ACT_LEN, None))
         last = Activations(1, width, self.param_dtype, name="activation_post")()
         x = activate(x, {name: w[0] for name, w in last.items()}, lens, c.snake_logscale)
         shape = (EDGE_KERNEL, width, 1)

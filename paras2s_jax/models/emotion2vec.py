@@ -22,6 +22,7 @@ from paras2s_jax.audio.level import standardize
 from paras2s_jax.models import axes
 from paras2s_jax.models.layers import KERNEL_INIT, Dense, LayerNorm, attend
 from paras2s_jax.models.lora import NO_LORA
+from paras2s_jax.models.placement import constrain
 from paras2s_jax.models.wave_conv import SameConv, WaveConv, mean_over_time
 from paras2s_jax.models.whisper_layers import FeedForward, scan_layers
 
@@ -164,9 +165,7 @@ class Block(nn.Module):
         qkv = dense("qkv", 3 * width, (axes.EMBED, axes.HEADS))(x)
         qkv = qkv.reshape(rows, steps, 3, c.num_heads, width // c.num_heads)
         q, k, v = (
-            nn.with_logical_constraint(
-                qkv[:, :, i], (axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_HEADS, None)
-            )
+            constrain(qkv[:, :, i], (axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_HEADS, None))
             for i in range(3)
         )
         bias = None if bias is None else bias * scale[None, :, None, None]
@@ -175,7 +174,7 @@ class Block(nn.Module):
         x = LayerNorm(c.norm_eps, *types, name="norm1")(x + y)
         y = FeedForward(int(width * c.mlp_ratio), NO_LORA, *types, name="mlp")(x)
         x = LayerNorm(c.norm_eps, *types, name="norm2")(x + y)
-        return nn.with_logical_constraint(x, (axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_EMBED)), None
+        return constrain(x, (axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_EMBED)), None
 
 
 class Emotion2vec(nn.Module):

@@ -18,6 +18,7 @@ from flax import struct
 
 from paras2s_jax.models import axes
 from paras2s_jax.models.layers import Dense, attend, make_embed, rope, rope_angles
+from paras2s_jax.models.placement import constrain
 from paras2s_jax.models.whisper_layers import scan_layers
 
 FRAMES_PER_CODE = 4  # 12.5 Hz codes, 50 Hz frames.
@@ -155,9 +156,7 @@ class DiTAttention(nn.Module):
         inner = c.num_heads * c.width_per_head
         project = Dense(3 * inner, kernel_axes=(axes.EMBED, axes.HEADS), name="qkv", **types)
         qkv = project(x).reshape(rows, num_codes * repeat, 3, c.num_heads, c.width_per_head)
-        qkv = nn.with_logical_constraint(
-            qkv, (axes.ACT_BATCH, axes.ACT_LEN, None, axes.ACT_HEADS, None)
-        )
+        qkv = constrain(qkv, (axes.ACT_BATCH, axes.ACT_LEN, None, axes.ACT_HEADS, None))
         q, k, v = (qkv[:, :, i] for i in range(3))
         q, k = (rope(_even_then_odd(y), view.cos, view.sin) for y in (q, k))
         seen = {"k": k, "v": v}
@@ -208,10 +207,10 @@ class DiTBlock(nn.Module):
         inner = int(width * c.mlp_ratio)
         y = Dense(inner, kernel_axes=(axes.EMBED, axes.MLP), name="fc1", **types)(y)
         y = nn.gelu(y, approximate=True)
-        y = nn.with_logical_constraint(y, (axes.ACT_BATCH, axes.ACT_LEN, None, axes.ACT_MLP))
+        y = constrain(y, (axes.ACT_BATCH, axes.ACT_LEN, None, axes.ACT_MLP))
         y = Dense(width, kernel_axes=(axes.MLP, axes.EMBED), name="fc2", **types)(y)
         x = x + gate2[:, :, None] * y
-        x = nn.with_logical_constraint(x, (axes.ACT_BATCH, axes.ACT_LEN, None, axes.ACT_EMBED))
+        x = constrain(x, (axes.ACT_BATCH, axes.ACT_LEN, None, axes.ACT_EMBED))
         emitted = {"kv": kv, "attn_out": attn_out, "block_out": x}
         return x, {name: emitted[name] for name in self.emit}
 

@@ -26,6 +26,7 @@ from paras2s_jax.models.kimi_layout import (
 from paras2s_jax.models.kv_cache import make_cache, make_view
 from paras2s_jax.models.layers import Dense, LayerNorm, RMSNorm, make_embed
 from paras2s_jax.models.lora import NO_LORA, LoRA
+from paras2s_jax.models.placement import constrain
 from paras2s_jax.models.qwen2 import Qwen2Stack
 
 __all__ = [
@@ -156,7 +157,7 @@ class KimiAudio(nn.Module):
         Returns: ((audio float[B, T, D], text float[B, T, D]) after the final norms, out).
         """
         embeds = self.embed(audio_ids, text_ids, features, continuous_mask, stepwise)
-        embeds = nn.with_logical_constraint(embeds, (axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_EMBED))
+        embeds = constrain(embeds, (axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_EMBED))
         view = make_view(
             self.config.decoder,
             embeds,
@@ -231,8 +232,8 @@ class KimiAudio(nn.Module):
             **inner,
         )
         logits_axes = (axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_VOCAB)
-        audio_logits = nn.with_logical_constraint(self.audio_head(audio), logits_axes)
-        text_logits = nn.with_logical_constraint(self.text_head(text), logits_axes)
+        audio_logits = constrain(self.audio_head(audio), logits_axes)
+        text_logits = constrain(self.text_head(text), logits_axes)
         return (audio_logits, text_logits), out
 
 

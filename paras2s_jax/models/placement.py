@@ -1,7 +1,11 @@
-"""Where the variables of a model live on a mesh: logical axis -> mesh axis, by rules."""
+"""Where arrays of a model live on a mesh: logical axis -> mesh axis, by rules.
+
+A mesh axis that does not divide a dimension is not used for it; of several, the longest run from
+the first one that does.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -9,20 +13,34 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 Rules = Sequence[tuple[str, str | tuple[str, ...] | None]]
+Names = Sequence[str | None]
 
 
 def logical_shardings(boxed: Any, mesh: Mesh, rules: Rules) -> Any:
     """Shardings of abstract variables that may carry logical axis names.
 
-    A dimension that its mesh axis does not divide is replicated.
     boxed: result of `jax.eval_shape(model.init, …)`. Returns: NamedShardings, unboxed tree.
     """
     specs = nn.logical_to_mesh(nn.get_partition_spec(boxed), rules)
     return jax.tree.map(
-        lambda leaf, spec: NamedSharding(mesh, _divisible(leaf.shape, spec, mesh)),
+        lambda leaf, spec: NamedSharding(mesh, _divisible(leaf.shape, spec, mesh.shape)),
         unbox(boxed),
         specs,
     )
+
+
+def constrain(x: jax.Array, names: Names) -> jax.Array:
+    """Inside a traced function: lays the axes of x as the active rules say; without any, as is."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not nn.get_logical_axis_rules():
+        return x
+    return jax.lax.with_sharding_constraint(x, active_spec(x.shape, names))
+
+
+def active_spec(shape: Sequence[int], names: Names) -> PartitionSpec:
+    """What the active rules say of an array of this shape."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return _divisible(shape, nn.logical_to_mesh_axes(tuple(names)), mesh.shape)
 
 
 def unbox(tree: Any) -> Any:
@@ -34,10 +52,21 @@ def unbox(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.value if is_box(x) else x, tree, is_leaf=is_box)
 
 
-def _divisible(shape: Sequence[int], spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
-    kept = []
-    for size, axes in zip(shape, spec, strict=False):
-        names = (axes,) if isinstance(axes, str) else tuple(axes or ())
-        ways = math.prod(mesh.shape[name] for name in names)
-        kept.append(axes if size % ways == 0 else None)
-    return PartitionSpec(*kept)
+def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes that one entry of a PartitionSpec names."""
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
+
+
+def dividing(axes: Sequence[str], size: int, sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """The longest run of mesh axes, from the first, whose product divides a dimension."""
+    count = len(axes)
+    while size % math.prod(sizes[name] for name in axes[:count]):
+        count -= 1
+    return tuple(axes[:count])
+
+
+def _divisible(
+    shape: Sequence[int], spec: PartitionSpec, sizes: Mapping[str, int]
+) -> PartitionSpec:
+    kept = (dividing(axes_of(entry), size, sizes) for size, entry in zip(shape, spec, strict=False))
+    return PartitionSpec(*(names[0] if len(names) == 1 else names or None for names in kept))

@@ -23,6 +23,7 @@ from paras2s_jax.models.layers import (
     rope,
 )
 from paras2s_jax.models.lora import NO_LORA, LoRA
+from paras2s_jax.models.placement import constrain
 from paras2s_jax.models.qwen2_config import Qwen2Config
 
 REMAT_POLICIES = {
@@ -67,17 +68,21 @@ class Qwen2Attention(_Part):
         rows, steps, _ = x.shape
         heads, kv_heads, width = c.num_attention_heads, c.num_key_value_heads, c.width_per_head
 
-        def project(name, heads, axis):
+        def project(name, heads, axis, act_axis):
             y = self._dense(name, heads * width, (axes.EMBED, axis), c.attention_bias)(x)
+            # First as the kernel's columns lie, then as attention wants it, and that before the
+            # heads are told apart: their number need not divide over devices.
+            y = constrain(y, (axes.ACT_BATCH, axes.ACT_LEN, axis))
+            y = constrain(y, (axes.ACT_ATTN_BATCH, axes.ACT_LEN, act_axis))
             return y.reshape(rows, steps, heads, width)
 
-        q = rope(project("q_proj", heads, axes.HEADS), view.cos, view.sin)
-        k = rope(project("k_proj", kv_heads, axes.KV_HEADS), view.cos, view.sin)
-        v = project("v_proj", kv_heads, axes.KV_HEADS)
-        q = nn.with_logical_constraint(q, (axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_HEADS, None))
-        kv_axes = (axes.ACT_BATCH, axes.ACT_KV_HEADS, axes.ACT_LEN, None)
+        q = rope(project("q_proj", heads, axes.HEADS, axes.ACT_HEADS), view.cos, view.sin)
+        k = rope(project("k_proj", kv_heads, axes.KV_HEADS, axes.ACT_KV_HEADS), view.cos, view.sin)
+        v = project("v_proj", kv_heads, axes.KV_HEADS, axes.ACT_KV_HEADS)
+        q = constrain(q, (axes.ACT_ATTN_BATCH, axes.ACT_LEN, axes.ACT_HEADS, None))
+        kv_axes = (axes.ACT_ATTN_BATCH, axes.ACT_KV_HEADS, axes.ACT_LEN, None)
         own = {
-            name: nn.with_logical_constraint(heads_last.swapaxes(1, 2), kv_axes)
+            name: constrain(heads_last.swapaxes(1, 2), kv_axes)
             for name, heads_last in (("k", k), ("v", v))
         }
         seen = own
@@ -88,6 +93,8 @@ class Qwen2Attention(_Part):
         if prefix is not None:
             segments.insert(0, Segment(**prefix, mask=view.prefix_mask))
         y = attend_segments(q, segments).reshape(rows, steps, heads * width)
+        y = constrain(y, (axes.ACT_ATTN_BATCH, axes.ACT_LEN, axes.ACT_HEADS))
+        y = constrain(y, (axes.ACT_BATCH, axes.ACT_LEN, axes.HEADS))
         y = self._dense("o_proj", c.hidden_size, (axes.HEADS, axes.EMBED))(y)
         return y, own, cache
 
@@ -102,7 +109,7 @@ class Qwen2MLP(_Part):
         gate = self._dense("gate_proj", c.intermediate_size, (axes.EMBED, axes.MLP))(x)
         up = self._dense("up_proj", c.intermediate_size, (axes.EMBED, axes.MLP))(x)
         hidden = nn.silu(gate) * up
-        hidden = nn.with_logical_constraint(hidden, (axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_MLP))
+        hidden = constrain(hidden, (axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_MLP))
         return self._dense("down_proj", c.hidden_size, (axes.MLP, axes.EMBED))(hidden)
 
 
@@ -131,7 +138,7 @@ class Qwen2DecoderLayer(nn.Module):
         x = x + y
         y = RMSNorm(eps, *types, name="post_attention_layernorm")(x)
         x = x + Qwen2MLP(*part, name="mlp")(y)
-        x = nn.with_logical_constraint(x, (axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_EMBED))
+        x = constrain(x, (axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_EMBED))
         if "kv" in self.emit:
             emitted["kv"] = own
         return (x, cache), emitted
@@ -292,7 +299,7 @@ class Qwen2LM(nn.Module):
         Returns: (float32[B, T, V], out) with out["hidden"] float[B, T, D] and Qwen2Stack's.
         """
         x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds.astype(self.dtype)
-        x = nn.with_logical_constraint(x, (axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_EMBED))
+        x = constrain(x, (axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_EMBED))
         view = make_view(
             self.config,
             x,
@@ -305,7 +312,7 @@ class Qwen2LM(nn.Module):
         x, out = self.stack(x, view, cache=cache, prefix=prefix, emit=emit)
         out["hidden"] = self.norm(x)
         logits = self.logits(out["hidden"])
-        logits = nn.with_logical_constraint(logits, (axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_VOCAB))
+        logits = constrain(logits, (axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_VOCAB))
         return logits, out
 
     def init_cache(self, rows: int, size: int) -> dict:

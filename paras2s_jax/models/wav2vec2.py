@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from paras2s_jax.models import axes
 from paras2s_jax.models.layers import Dense, LayerNorm
 from paras2s_jax.models.lora import NO_LORA
+from paras2s_jax.models.placement import constrain
 from paras2s_jax.models.wave_conv import NORMS, SameConv, WaveConv, mean_over_time
 from paras2s_jax.models.whisper_layers import Attention, FeedForward, scan_layers
 
@@ -133,7 +134,7 @@ class EncoderLayer(nn.Module):
         else:
             x = norm(x + attention(x, x, mask=key_mask)[0])
             x = final_norm(x + feed_forward(x))
-        x = nn.with_logical_constraint(x, (axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_EMBED))
+        x = constrain(x, (axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_EMBED))
         return x, x if self.emit else None
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from paras2s_jax.models import axes
 from paras2s_jax.models.layers import KERNEL_INIT, LayerNorm
+from paras2s_jax.models.placement import constrain
 
 NORMS = ("group", "layer")
 
@@ -116,7 +117,7 @@ class WaveConv(nn.Module):
             elif index == 0:
                 x = ChannelNorm(1e-5, *types, name="norm_0")(x, real)
             x = nn.gelu(x, approximate=False)
-        return nn.with_logical_constraint(x, (axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_EMBED)), real
+        return constrain(x, (axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_EMBED)), real
 
 
 def fold_weight_norm(direction: jax.Array, length: jax.Array) -> jax.Array:

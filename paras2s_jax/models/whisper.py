@@ -12,6 +12,7 @@ from paras2s_jax.audio.mel import HOP, RATE_HZ, whisper_log_mel
 from paras2s_jax.models import axes
 from paras2s_jax.models.layers import KERNEL_INIT, Dense, LayerNorm, make_embed
 from paras2s_jax.models.lora import NO_LORA, LoRA
+from paras2s_jax.models.placement import constrain
 from paras2s_jax.models.whisper_layers import (
     DecoderLayer,
     EncoderLayer,
@@ -148,7 +149,7 @@ class WhisperDecoder(nn.Module):
         x, emitted = layers(x, cache, cross_kv, encoded, masks)
         x = LayerNorm(1e-5, *types, name="layer_norm")(x)
         logits = embed.attend(x).astype(jnp.float32)
-        logits = nn.with_logical_constraint(logits, (axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_VOCAB))
+        logits = constrain(logits, (axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_VOCAB))
         return logits, {"hidden": x} | (emitted or {})
 
 

@@ -19,6 +19,7 @@ from paras2s_jax.models.layers import (
     attend_segments,
 )
 from paras2s_jax.models.lora import NO_LORA, LoRA
+from paras2s_jax.models.placement import constrain
 from paras2s_jax.models.qwen2 import REMAT_POLICIES
 
 # Settings of a config.json that no released Whisper changes.
@@ -129,9 +130,7 @@ class Attention(nn.Module):
         def project(name, inputs):
             y = self._dense(name, width, (axes.EMBED, axes.HEADS))(inputs)
             y = y.reshape(*y.shape[:2], self.num_heads, width // self.num_heads)
-            return nn.with_logical_constraint(
-                y, (axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_HEADS, None)
-            )
+            return constrain(y, (axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_HEADS, None))
 
         q = project("q_proj", x)
         if kv is None:
@@ -175,7 +174,7 @@ class FeedForward(nn.Module):
 
         hidden = dense("fc1", self.hidden_size, (axes.EMBED, axes.MLP))(x)
         hidden = nn.gelu(hidden, approximate=False)
-        hidden = nn.with_logical_constraint(hidden, (axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_MLP))
+        hidden = constrain(hidden, (axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_MLP))
         return dense("fc2", x.shape[-1], (axes.MLP, axes.EMBED))(hidden)
 
 
@@ -197,7 +196,7 @@ class EncoderLayer(nn.Module):
         x = x + attention(y, y, mask=mask)[0]
         y = LayerNorm(1e-5, *types, name="final_layer_norm")(x)
         x = x + FeedForward(c.encoder_ffn_dim, self.lora, *types, name="mlp")(y)
-        x = nn.with_logical_constraint(x, (axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_EMBED))
+        x = constrain(x, (axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_EMBED))
         return x, x if self.emit else None
 
 
@@ -228,7 +227,7 @@ class DecoderLayer(nn.Module):
         x = x + y
         y = LayerNorm(1e-5, *types, name="final_layer_norm")(x)
         x = x + FeedForward(c.decoder_ffn_dim, self.lora, *types, name="mlp")(y)
-        x = nn.with_logical_constraint(x, (axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_EMBED))
+        x = constrain(x, (axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_EMBED))
         return x, {"kv": kv, "cross_kv": cross_kv} if self.emit else None
 
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from paras2s_jax.align.policy import make_respond_batch
+from paras2s_jax.align.phases import make_respond_batch
 from paras2s_jax.bench import charts, tables
 from paras2s_jax.bench import run as bench_run
 from paras2s_jax.bench.report import write_report

@@ -10,7 +10,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from paras2s_jax.align import grpo, pairs, retention, sft
@@ -78,10 +77,12 @@ def init_policy(policy: SpeechPolicy, seed: int) -> dict[str, Any]:
     return nn.unbox(jax.jit(init)(jax.random.key(seed)))
 
 
-def mesh_of(config: ConfigDict):
-    """The device mesh, or None for one device."""
-    shape = config.mesh.to_dict()
-    return sharding.make_mesh(shape) if np.prod(list(shape.values())) != 1 else None
+def layouts_of(config: ConfigDict) -> sharding.Layouts:
+    """Where training and decoding put their arrays; one device needs no mesh."""
+    mesh, decode_mesh = config.mesh.to_dict(), config.decode_mesh.to_dict()
+    if all(size == 1 for size in (*mesh.values(), *decode_mesh.values())):
+        return sharding.Layouts()
+    return sharding.make_layouts(mesh, config.rules, decode_mesh, config.decode_rules)
 
 
 def _rows(queries: Sequence[Query], responses: Sequence[Response], root: Path, tokenizer):
@@ -145,7 +146,7 @@ def _train_sft(
         num_steps=section.num_steps,
         rng=jax.random.key(config.seed),
         accum_steps=section.accum_steps,
-        mesh=mesh_of(config),
+        layout=layouts_of(config).train,
         checkpointer=Checkpointer(folder / "checkpoints"),
         save_every=section.save_every,
         writer=MetricWriter(folder),
@@ -260,7 +261,7 @@ def _train_grpo(config: ConfigDict, workdir: Path, folder: Path, beta: float) ->
         num_steps=c.num_steps,
         rng=jax.random.key(config.seed),
         audit=_audit(config, workdir, made),
-        mesh=mesh_of(config),
+        layouts=layouts_of(config),
         checkpointer=Checkpointer(folder / "checkpoints"),
         save_every=c.save_every,
         writer=MetricWriter(folder),

@@ -24,7 +24,7 @@ ALIGN = (
 )  # fmt: skip
 
 _SPEECH = ("seed", "synthesize", "pretrain")
-_POLICY = (*_SPEECH, "policy", "mesh")
+_POLICY = (*_SPEECH, "policy")
 
 STAGES = {
     stage.name: stage

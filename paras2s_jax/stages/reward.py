@@ -28,7 +28,7 @@ from paras2s_jax.models.qwen2_5_omni import (
 from paras2s_jax.models.qwen2_audio import Qwen2Audio, Qwen2AudioConfig
 from paras2s_jax.models.sampling import Sampling
 from paras2s_jax.stages.judging import make_judge
-from paras2s_jax.stages.policy import assemble, mesh_of, optimizer_of, policy_params
+from paras2s_jax.stages.policy import assemble, layouts_of, optimizer_of, policy_params
 from paras2s_jax.stages.speech import TEXT_FILE, asr_encoder, parts_dir, queries_of, speech_dir
 from paras2s_jax.train.checkpoint import Checkpointer
 from paras2s_jax.train.metrics import MetricWriter
@@ -113,7 +113,7 @@ def run_distill(config: ConfigDict, workdir: Path) -> dict[str, float]:
         trainable=c.trainable,
         findings_weight=c.findings_weight,
         accum_steps=c.accum_steps,
-        mesh=mesh_of(config),
+        layout=layouts_of(config).train,
         checkpointer=Checkpointer(folder / "checkpoints"),
         save_every=c.save_every,
         writer=MetricWriter(folder),

@@ -1,20 +1,22 @@
 """Device meshes, and where arrays live on them. Rules are data: logical axis -> mesh axis."""
 
 import contextlib
+import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from paras2s_jax.models.placement import Rules, logical_shardings, unbox
+from paras2s_jax.models import axes
+from paras2s_jax.models.placement import Rules, axes_of, dividing, logical_shardings, unbox
 
 MESH_AXES = ("data", "fsdp", "tensor")
-# Rows of a batch are spread over both: fsdp is data parallelism that also spreads parameters.
-BATCH_AXES = ("data", "fsdp")
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -38,12 +40,11 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
             f"mesh {dict(zip(MESH_AXES, shape, strict=True))} needs {math.prod(shape)} devices, "
             f"but there are {len(devices)}; change `mesh` in the config"
         )
-    return jax.make_mesh(
-        shape,
-        MESH_AXES,
-        axis_types=(AxisType.Auto,) * len(MESH_AXES),
-        devices=devices[: math.prod(shape)],
+    # An axis may take a part of a physical ring: 8 of the 4 x 4 x 4 of a pod, say.
+    placed = mesh_utils.create_device_mesh(
+        shape, devices[: math.prod(shape)], allow_split_physical_axes=True
     )
+    return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 @contextlib.contextmanager
@@ -51,6 +52,262 @@ def activate(mesh: Mesh, rules: Rules) -> Iterator[None]:
     """Gives logical constraints inside models their meaning while functions are traced."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
         yield
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where arrays live: a mesh and the rules of logical axes on it.
+
+    Without a mesh everything lives on one device, and every method still works.
+    """
+
+    mesh: Mesh | None = None
+    rules: Rules = ()
+
+    def active(self) -> contextlib.AbstractContextManager:
+        """Context in which functions are traced, lowered and run for this layout."""
+        return activate(self.mesh, self.rules) if self.mesh else contextlib.nullcontext()
+
+    @property
+    def whole(self) -> NamedSharding | None:
+        """Of arrays that every device holds."""
+        return NamedSharding(self.mesh, PartitionSpec()) if self.mesh else None
+
+    @property
+    def batch_axes(self) -> tuple[str, ...]:
+        """Mesh axes that the rows of a batch are spread over."""
+        return axes_of(dict(self.rules).get(axes.ACT_BATCH))
+
+    @property
+    def ways(self) -> int:
+        """Into how many parts rows are spread."""
+        return math.prod(self.mesh.shape[name] for name in self.batch_axes) if self.mesh else 1
+
+    def shardings(self, boxed: Any) -> Any:
+        """Shardings of boxed abstract variables (jax.eval_shape of an init); None each, no mesh."""
+        if self.mesh is None:
+            return jax.tree.map(lambda _: None, unbox(boxed))
+        return logical_shardings(boxed, self.mesh, self.rules)
+
+    def abstract(self, boxed: Any, dtype: Any = None) -> Any:
+        """Boxed abstract variables as ShapeDtypeStructs that know their place; floats in dtype."""
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(
+                leaf.shape, cast_dtype(leaf.dtype, dtype), sharding=sharding
+            ),
+            unbox(boxed),
+            self.shardings(boxed),
+            is_leaf=lambda x: x is None,
+        )
+
+    def place(self, tree: Any, boxed: Any) -> Any:
+        """Arrays where the rules want them; those that are there already are not copied."""
+        return tree if self.mesh is None else jax.device_put(tree, self.shardings(boxed))
+
+    def replicate_rest(self, tree: Any) -> Any:
+        """Arrays on every device; those that lie on a mesh already stay as they are."""
+
+        def place(x):
+            is_placed = isinstance(getattr(x, "sharding", None), NamedSharding)
+            return x if is_placed else jax.device_put(x, self.whole)
+
+        return tree if self.mesh is None else jax.tree.map(place, tree)
+
+    def rows(self, tree: Any, *, grouped: bool = False) -> Any:
+        """Shardings of arrays with leading rows [B, …], or prompts and answers [P, G, …].
+
+        Rows are spread over the batch axes; where prompts are too few for all of these, answers
+        take the rest. Arrays without axes are everywhere.
+        """
+        return jax.tree.map(lambda x: self._of_rows(x.shape, grouped), tree)
+
+    def take(self, tree: Any, *, grouped: bool = False) -> Any:
+        """Arrays of another layout over the same devices, laid as `rows` says.
+
+        What lies there already is not copied. ShapeDtypeStructs are answered in kind.
+        """
+        if self.mesh is None:
+            return tree
+        shardings = self.rows(tree, grouped=grouped)
+        if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree)):
+            return _with_shardings(tree, shardings)
+        return jax.device_put(tree, shardings)
+
+    def _of_rows(self, shape: Sequence[int], grouped: bool) -> NamedSharding | None:
+        if self.mesh is None:
+            return None
+        left, spec = self.batch_axes, []
+        for size in shape[: 2 if grouped else 1]:
+            used = dividing(left, size, self.mesh.shape)
+            spec.append(used or None)
+            left = left[len(used) :]
+        return NamedSharding(self.mesh, PartitionSpec(*spec))
+
+    def local_rows(self, num_rows: int) -> np.ndarray | None:
+        """Which rows of a global batch lie on this process's devices: int[n], ascending.
+
+        Processes that share rows (over tensor, say) get the same ones. None, all, without a mesh.
+        """
+        if self.mesh is None:
+            return None
+        held = self._of_rows((num_rows,), False).addressable_devices_indices_map((num_rows,))
+        return np.unique(np.concatenate([np.arange(num_rows)[index] for index in held.values()]))
+
+    def place_batch(self, batch: Mapping[str, Any], group_size: int = 1) -> dict[str, Any]:
+        """Global arrays, rows spread, of this process's `local_rows`; as it is without a mesh.
+
+        group_size: answers to each row, which are spread too.
+
+        Raises:
+            ValueError: the rows do not divide.
+        """
+        if self.mesh is None:
+            return dict(batch)
+
+        def place(path, x):
+            x = np.asarray(x)
+            if not x.ndim:
+                return jax.device_put(x, self.whole)
+            num_rows = self._num_rows(len(x))
+            if num_rows * group_size % self.ways:
+                raise ValueError(
+                    f"batch{jax.tree_util.keystr(path)}: {num_rows * group_size} rows do not "
+                    f"divide over {self.ways} devices ({' x '.join(self.batch_axes)}); change "
+                    "the batch size or `mesh`"
+                )
+            rows = self.local_rows(num_rows)
+
+            def part(index):
+                return x[np.searchsorted(rows, np.arange(num_rows)[index[0]])]
+
+            shape = (num_rows, *x.shape[1:])
+            return jax.make_array_from_callback(shape, self._of_rows(shape, False), part)
+
+        return jax.tree_util.tree_map_with_path(place, dict(batch))
+
+    def _num_rows(self, held: int) -> int:
+        """Rows of the global batch of which this process holds so many."""
+        for count in range(len(self.batch_axes), -1, -1):
+            names = self.batch_axes[:count]
+            ways = math.prod(self.mesh.shape[name] for name in names)
+            spread = NamedSharding(self.mesh, PartitionSpec(names or None))
+            parts = len(set(map(str, spread.addressable_devices_indices_map((ways,)).values())))
+            if held % parts == 0:
+                return held // parts * ways
+        return held
+
+
+ONE_DEVICE = Layout()
+
+
+@dataclasses.dataclass(frozen=True)
+class Layouts:
+    """Of one run, over the same devices in the same order: for training and for decoding."""
+
+    train: Layout = ONE_DEVICE
+    decode: Layout = ONE_DEVICE
+
+
+ONE_DEVICE_LAYOUTS = Layouts()
+
+
+def make_layouts(
+    mesh: Mapping[str, int],
+    rules: Rules,
+    decode_mesh: Mapping[str, int] | None = None,
+    decode_rules: Rules | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> Layouts:
+    """Layouts of mesh sizes (see make_mesh); what is not given for decoding is as in training.
+
+    The mesh with the longer tensor axis chooses the order of the devices, for its communication is
+    the most frequent.
+
+    Raises:
+        ValueError: the meshes are of different sizes, or one is impossible.
+    """
+    train = make_mesh(mesh, devices)
+    decode = make_mesh(mesh if decode_mesh is None else decode_mesh, devices)
+    if train.size != decode.size:
+        raise ValueError(
+            f"mesh has {train.size} devices and decode_mesh {decode.size}; make them equal"
+        )
+    first = max(train, decode, key=lambda mesh: mesh.shape["tensor"])
+    train, decode = (
+        Mesh(first.devices.reshape(mesh.devices.shape), MESH_AXES, axis_types=mesh.axis_types)
+        for mesh in (train, decode)
+    )
+    return Layouts(
+        Layout(train, rules), Layout(decode, rules if decode_rules is None else decode_rules)
+    )
+
+
+def cast_dtype(dtype: Any, wanted: Any) -> Any:
+    """The wanted dtype for floats, theirs for other numbers and if none is wanted."""
+    return wanted if wanted is not None and jnp.issubdtype(dtype, jnp.floating) else dtype
+
+
+class Program:
+    """A jitted function that is always traced, lowered and run with its layout active.
+
+    name: of a phase, for plans and messages. function: pure. place: from the abstract result to its
+    shardings, such as layout.rows; without it the compiler chooses. shardings: of the result, where
+    they are known beforehand and may be of another mesh over the same devices. options: of jax.jit.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        function: Callable,
+        layout: Layout,
+        *,
+        place: Callable[[Any], Any] | None = None,
+        shardings: Any = None,
+        **options: Any,
+    ):
+        self.name, self.layout = name, layout
+        self._function = function
+        self._place = place if layout.mesh is not None else None
+        if shardings is not None:
+            self._place, options = lambda _: shardings, options | {"out_shardings": shardings}
+
+        def run(*args):
+            result = function(*args)
+            if self._place is None or shardings is not None:
+                return result
+            return jax.lax.with_sharding_constraint(result, self._place(result))
+
+        run.__name__ = name
+        self._jitted = jax.jit(run, **options)
+
+    def __call__(self, *args: Any) -> Any:
+        with self.layout.active():
+            return self._jitted(*args)
+
+    def lower(self, *args: Any) -> jax.stages.Lowered:
+        """Lowers for ahead-of-time compilation; leaves may be ShapeDtypeStructs."""
+        with self.layout.active():
+            return self._jitted.lower(*args)
+
+    def outputs(self, *args: Any) -> Any:
+        """What a call would return, as ShapeDtypeStructs; with shardings where `place` gives them.
+
+        Nothing is compiled.
+        """
+        with self.layout.active():
+            result = jax.eval_shape(self._function, *args)
+        if self._place is None:
+            return result
+        return _with_shardings(result, self._place(result))
+
+
+def _with_shardings(tree: Any, shardings: Any) -> Any:
+    """ShapeDtypeStructs of a tree's leaves."""
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        tree,
+        shardings,
+    )
 
 
 def init_sharded(model: nn.Module, mesh: Mesh, rules: Rules, rng: jax.Array, *args, **kwargs):
@@ -80,44 +337,3 @@ def replicate_rest(tree: Any) -> Any:
     return jax.tree.map(
         lambda x: x if isinstance(x.sharding, NamedSharding) else jax.device_put(x, whole), tree
     )
-
-
-def local_rows(mesh: Mesh, num_rows: int, axes: Sequence[str] = BATCH_AXES) -> np.ndarray:
-    """Which rows of a batch lie on this process's devices: int[n], ascending.
-
-    Processes that share rows (over tensor, say) get the same ones.
-    """
-    spread = NamedSharding(mesh, PartitionSpec(tuple(axes)))
-    held = spread.addressable_devices_indices_map((num_rows,)).values()
-    return np.unique(np.concatenate([np.arange(num_rows)[index] for index in held]))
-
-
-def shard_batch(
-    batch: Mapping[str, Any], mesh: Mesh, axes: Sequence[str] = BATCH_AXES
-) -> dict[str, Any]:
-    """Spreads rows over mesh axes. Returns global arrays.
-
-    batch: arrays that hold this process's `local_rows`, and scalars.
-    """
-    ways = math.prod(mesh.shape[axis] for axis in axes)
-    held = len(local_rows(mesh, ways, axes))
-
-    def place(path, x):
-        x = np.asarray(x)
-        if not x.ndim:
-            return jax.device_put(x, NamedSharding(mesh, PartitionSpec()))
-        if len(x) % held:
-            raise ValueError(
-                f"batch{jax.tree_util.keystr(path)}: {len(x)} rows do not divide over {held} "
-                f"devices ({' x '.join(axes)}); change batch_size or `mesh`"
-            )
-        num_rows = len(x) // held * ways
-        rows = local_rows(mesh, num_rows, axes)
-
-        def part(index):
-            return x[np.searchsorted(rows, np.arange(num_rows)[index[0]])]
-
-        spread = NamedSharding(mesh, PartitionSpec(tuple(axes)))
-        return jax.make_array_from_callback((num_rows, *x.shape[1:]), spread, part)
-
-    return jax.tree_util.tree_map_with_path(place, dict(batch))

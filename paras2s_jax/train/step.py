@@ -1,5 +1,6 @@
 """One optimiser step: gradients accumulated over microbatches, normalised once."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ from jax import numpy as jnp
 from jax.sharding import NamedSharding
 
 from paras2s_jax.train import state as state_lib
+from paras2s_jax.train.sharding import ONE_DEVICE, Layout
 
 
 class Sums(NamedTuple):
@@ -27,12 +29,14 @@ LossFn = Callable[[dict[str, Any], Mapping[str, jax.Array], jax.Array], Sums]
 
 
 class Update:
-    """Jitted `update(state, batch) -> (state, metrics)`.
+    """Jitted `update(state, batch) -> (state, metrics)`; a `sharding.Program` in use.
 
-    `metrics` are float32[] on the device: every metric of the loss, `loss` and `grad_norm`. The
-    new state is sharded like the old one. With `donate`, the old state's params and opt_state are
-    consumed; its frozen part never is.
+    `metrics` are float32[] on the device: every metric of the loss, `loss` and `grad_norm`. The new
+    state is sharded like the old one, gradients like the parameters. With `donate`, the old state's
+    params and opt_state are consumed; its frozen part never is.
     """
+
+    name = "update"
 
     def __init__(
         self,
@@ -41,31 +45,40 @@ class Update:
         *,
         accum_steps: int,
         donate: bool,
+        layout: Layout,
     ):
-        self._loss_fn, self._optimizer = loss_fn, optimizer
+        self._loss_fn, self._optimizer, self.layout = loss_fn, optimizer, layout
         self._accum_steps, self._donate = accum_steps, donate
         self._jitted: Callable | None = None
 
     def __call__(self, state: state_lib.TrainState, batch: Mapping[str, Any]):
         if self._jitted is None:
             self._jitted = self._jit(state)
-        new, metrics = self._jitted(state.replace(frozen={}), state.frozen, batch)
+        with self.layout.active():
+            new, metrics = self._jitted(state.replace(frozen={}), state.frozen, batch)
         return new.replace(frozen=state.frozen), metrics
 
     def lower(self, state: state_lib.TrainState, batch: Mapping[str, Any]) -> jax.stages.Lowered:
         """Lowers for ahead-of-time compilation; leaves may be ShapeDtypeStructs."""
-        return self._jit(state).lower(state.replace(frozen={}), state.frozen, batch)
+        with self.layout.active():
+            return self._jit(state).lower(state.replace(frozen={}), state.frozen, batch)
 
     def _jit(self, state: state_lib.TrainState) -> Callable:
         # Without this the compiler may return params in another layout than it was given.
         shardings = jax.tree.map(_named_sharding, state.replace(frozen={}))
         return jax.jit(
-            self._step,
+            functools.partial(self._step, shardings.params),
             donate_argnums=(0,) if self._donate else (),
             out_shardings=(shardings, None),
         )
 
-    def _step(self, state: state_lib.TrainState, frozen: Any, batch: Mapping[str, jax.Array]):
+    def _step(
+        self,
+        shardings: Any,
+        state: state_lib.TrainState,
+        frozen: Any,
+        batch: Mapping[str, jax.Array],
+    ):
         rng = state_lib.step_rng(state)
 
         def loss_sum(params, microbatch, micro_rng):
@@ -76,6 +89,7 @@ class Update:
         def grads_of(microbatch, index):
             micro_rng = jax.random.fold_in(rng, index)
             grads, sums = jax.grad(loss_sum, has_aux=True)(state.params, microbatch, micro_rng)
+            grads = jax.tree.map(_constrained, grads, shardings)
             return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (grads, sums))
 
         grads, sums = _accumulate(grads_of, batch, self._accum_steps)
@@ -98,6 +112,7 @@ def make_update(
     *,
     accum_steps: int = 1,
     donate: bool = True,
+    layout: Layout = ONE_DEVICE,
 ) -> Update:
     """Builds the training step for `loss_fn(variables, batch, rng) -> Sums`.
 
@@ -106,7 +121,7 @@ def make_update(
     over all devices. Scalars in the batch go to every microbatch. If the total weight is 0, the
     gradients are 0.
     """
-    return Update(loss_fn, optimizer, accum_steps=accum_steps, donate=donate)
+    return Update(loss_fn, optimizer, accum_steps=accum_steps, donate=donate, layout=layout)
 
 
 def _accumulate(grads_of: Callable, batch: Mapping[str, jax.Array], steps: int):
@@ -134,6 +149,10 @@ def _accumulate(grads_of: Callable, batch: Mapping[str, jax.Array], steps: int):
 
     total, _ = jax.lax.scan(body, zeros, (microbatches, jnp.arange(steps)))
     return total
+
+
+def _constrained(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:
+    return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
 
 
 def _named_sharding(leaf: Any) -> NamedSharding | None:

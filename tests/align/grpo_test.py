@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from paras2s_jax.align import grpo, rollout
-from paras2s_jax.align.policy import on_mesh
+from paras2s_jax.models import axes, decode
 from paras2s_jax.models.sampling import Sampling
 from paras2s_jax.train import sharding
 from paras2s_jax.train.checkpoint import Checkpointer
@@ -70,22 +70,22 @@ def _mishear(waves):
 def collect(tiny, queries):
     """scale of the reward -> (experience, metrics); reference and policy differ."""
     other = jax.tree.map(lambda x: x * 1.02, tiny.variables)
+    policy = tiny.policy
 
     @jax.jit
     def jitted(variables, reference, frontend, batch, scale):
-        return rollout.collect(
-            tiny.policy,
-            mean_code,
-            variables,
-            reference,
-            frontend,
-            {"scale": scale},
-            batch,
-            jax.random.key(0),
-            group_size=SETTINGS.group_size,
-            num_epochs=2,
-            num_chunks=2,
-        )[:2]
+        prompt = policy.prompt(frontend, batch["query"], batch["query_len"])
+        sampled = policy.rollout(variables, prompt, jax.random.key(0), SETTINGS.group_size)
+        answers = policy.speak(frontend, sampled, None)
+        advantages, metrics = rollout.reward_answers(
+            mean_code, {"scale": scale}, batch, sampled, answers
+        )
+        streams = decode.rollout_streams(policy.model.config, sampled)
+        ref_logp, old_logp = (
+            rollout.logp_in_chunks(policy, v, prompt, streams, num_chunks=2)
+            for v in (reference, variables)
+        )
+        return rollout.Experience(prompt, streams, ref_logp, old_logp, advantages), metrics
 
     return lambda scale: jitted(tiny.variables, other, tiny.frontend, queries, scale)
 
@@ -161,10 +161,11 @@ def test_one_step_on_policy(tiny, queries, sgd_update):
 def test_eight_devices_give_what_one_gives(tiny, queries, sgd_update, repeat, tmp_path):
     assert len(jax.devices()) >= 8
     one, one_metrics = sgd_update(_state(tiny, SGD), queries)
-    mesh = sharding.make_mesh({"data": 4, "fsdp": 2})
+    layouts = sharding.make_layouts(
+        {"data": 4, "fsdp": 2}, axes.TRAIN_RULES, {"fsdp": 4, "tensor": 2}, axes.DECODE_RULES
+    )
     writer = MetricWriter(tmp_path)
-    with sharding.activate(mesh, ()):
-        many = _train(tiny, repeat([queries]), 1, writer, on_mesh(tiny.variables, mesh), mesh=mesh)
+    many = _train(tiny, repeat([queries]), 1, writer, tiny.variables, layouts=layouts)
     writer.close()
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), many, one.variables

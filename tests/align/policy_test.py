@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from paras2s_jax.align import phases
 from paras2s_jax.align import policy as policy_lib
 from paras2s_jax.models import decode
 from paras2s_jax.models.codec import PATCH_SAMPLES
@@ -11,17 +12,18 @@ from paras2s_jax.models.codec import PATCH_SAMPLES
 GROUP = 3
 
 
-def _respond(tiny, waves, lens):
-    respond = jax.jit(tiny.policy.respond, static_argnames="group_size")
-    return respond(tiny.variables, tiny.frontend, waves, lens, jax.random.key(3), group_size=GROUP)
-
-
 def test_padding_of_queries_changes_nothing(tiny, queries):
     waves, lens = queries["query"][:2], queries["query_len"][:2]
-    rollout, answers = _respond(tiny, waves, lens)
+    responder = phases.Responder(tiny.policy, group_size=GROUP)
+
+    def respond(waves):
+        batch = {"query": waves, "query_len": lens}
+        return responder(tiny.variables, tiny.frontend, batch, jax.random.key(3))
+
+    rollout, answers = respond(waves)
     junk = np.full((2, 2 * PATCH_SAMPLES), 0.5, np.float32)
     longer = np.concatenate([waves, junk], axis=1)
-    padded_rollout, padded_answers = _respond(tiny, longer, lens)
+    padded_rollout, padded_answers = respond(longer)
     np.testing.assert_array_equal(rollout.text_ids, padded_rollout.text_ids)
     np.testing.assert_array_equal(rollout.audio_ids, padded_rollout.audio_ids)
     np.testing.assert_allclose(rollout.text_logp, padded_rollout.text_logp, atol=1e-4)
@@ -66,18 +68,6 @@ def test_demonstration_holds_all_of_the_answer(tiny):
         streams["audio_mask"][0, 0], [False, False, True, True, True, True, False]
     )
     assert int(streams["audio_out"][0, 0, 5]) == ids.msg_end
-
-
-def test_respond_batch_gives_what_a_bench_wants(tiny, queries):
-    respond = policy_lib.make_respond_batch(
-        tiny.policy, tiny.variables, tiny.frontend, tiny.tokenizer
-    )
-    waves, lens, texts, finished = respond(
-        queries["query"][:2], queries["query_len"][:2], jax.random.key(0)
-    )
-    assert waves.shape == (2, tiny.policy.max_steps * PATCH_SAMPLES)
-    assert lens.shape == (2,) and finished.dtype == bool
-    assert len(texts) == 2 and all(isinstance(text, str) for text in texts)
 
 
 def test_texts_leave_control_tokens_out(tiny):

@@ -18,11 +18,11 @@ def test_answer_metrics_by_hand():
         waves=waves,
         lens=jnp.array([[4, 0]]),
     )
-    streams = {
-        "text_mask": jnp.array([[[True, True, False], [True, False, False]]]),
-        "audio_mask": jnp.array([[[False, True, True], [False, False, False]]]),
+    masks = {
+        "text": jnp.array([[[True, True, False], [True, False, False]]]),
+        "audio": jnp.array([[[False, True, True], [False, False, False]]]),
     }
-    sums = rollout.answer_metrics(streams, jnp.array([[True, False]]), answers)
+    sums = rollout.answer_metrics(masks, jnp.array([[True, False]]), answers)
     got = {name: float(total / weight) for name, (total, weight) in sums.items()}
     assert got["len/text"] == 1.5
     assert got["len/audio"] == 1.0

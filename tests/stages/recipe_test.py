@@ -5,6 +5,7 @@ import jax
 import numpy as np
 import pytest
 
+from paras2s_jax.align import phases
 from paras2s_jax.audio import styles, synth, wave
 from paras2s_jax.data.tokenizer import normalize
 from paras2s_jax.judge.classifier import WaveClassifier
@@ -76,9 +77,9 @@ def test_the_shipped_base_policy_answers_speech_with_speech(tmp_path):
     query = _speak("How does a rocket fly so high?", delivery)
     waves = np.zeros((1, 48_000), np.float32)
     waves[0, : len(query)] = query
-    rollout, answers = jax.jit(made.policy.respond, static_argnames="group_size")(
-        variables, made.frontend, waves, np.array([len(query)]), jax.random.key(0), group_size=2
-    )
+    batch = {"query": waves, "query_len": np.array([len(query)])}
+    respond = phases.Responder(made.policy, group_size=2)
+    rollout, answers = respond(variables, made.frontend, batch, jax.random.key(0))
     assert rollout.finished.all()
     assert (answers.lens > 0.4 * wave.RATE_HZ).all()
     assert np.isfinite(answers.waves).all()

@@ -62,7 +62,7 @@ def train(directory, num_steps):
         save_every=2,
         writer=metrics.MetricWriter(directory),
         log_every=1,
-        make_batch=lambda batch: sharding.shard_batch(batch, mesh),
+        make_batch=sharding.Layout(mesh, (("act_batch", ("data", "fsdp")),)).place_batch,
     )
 
 

@@ -7,7 +7,7 @@ from jax.sharding import PartitionSpec as P
 
 from paras2s_jax.train import sharding
 
-RULES = (("embed", "fsdp"), ("hidden", "tensor"))
+RULES = (("embed", "fsdp"), ("hidden", "tensor"), ("act_batch", ("data", "fsdp")))
 
 
 class Net(nn.Module):
@@ -63,13 +63,13 @@ def test_dimensions_that_do_not_divide_are_replicated():
 
 
 def test_batches_are_spread_by_rows():
-    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-    batch = sharding.shard_batch({"x": np.arange(8.0).reshape(4, 2), "c": np.float32(3)}, mesh)
+    layout = sharding.Layout(sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2}), RULES)
+    batch = layout.place_batch({"x": np.arange(8.0).reshape(4, 2), "c": np.float32(3)})
     assert batch["x"].addressable_shards[0].data.shape == (1, 2)
     assert batch["c"].sharding.spec == P()
     np.testing.assert_array_equal(batch["x"], np.arange(8.0).reshape(4, 2))
     with pytest.raises(ValueError, match=r"batch\['x'\]: 6 rows do not divide over 4"):
-        sharding.shard_batch({"x": np.zeros((6, 2))}, mesh)
+        layout.place_batch({"x": np.zeros((6, 2))})
 
 
 def test_counters_join_the_mesh_of_the_parameters():

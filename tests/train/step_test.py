@@ -8,7 +8,7 @@ from jax import numpy as jnp
 from paras2s_jax.train import sharding, step
 from paras2s_jax.train import state as state_lib
 
-RULES = (("row", ("data", "fsdp")), ("embed", "fsdp"), ("hidden", "tensor"))
+RULES = (("act_batch", ("data", "fsdp")), ("embed", "fsdp"), ("hidden", "tensor"))
 
 
 class Net(nn.Module):
@@ -21,7 +21,7 @@ class Net(nn.Module):
         up = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "hidden"))
         down = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("hidden", "embed"))
         y = nn.Dense(self.hidden, kernel_init=up, name="up")(x)
-        y = nn.with_logical_constraint(nn.tanh(y), ("row", "hidden"))
+        y = nn.with_logical_constraint(nn.tanh(y), ("act_batch", "hidden"))
         return nn.Dense(16, kernel_init=down, name="down")(y)
 
 
@@ -133,7 +133,9 @@ def test_eight_devices_equal_one(sizes):
     with sharding.activate(mesh, RULES):
         state = new_state(opt, mesh)
         update = step.make_update(net_loss, opt, accum_steps=2)
-        spread = train(update, state, make_batch=lambda b: sharding.shard_batch(b, mesh))
+        spread = train(
+            update, state, make_batch=lambda b: sharding.Layout(mesh, RULES).place_batch(b)
+        )
     assert_close(spread, single, 1e-5)
 
 
@@ -144,7 +146,7 @@ def test_state_keeps_its_shardings():
         state = new_state(opt, mesh)
         before = jax.tree.map(lambda x: x.sharding, state)
         update = step.make_update(net_loss, opt)
-        state, _ = update(state, sharding.shard_batch(net_batch(), mesh))
+        state, _ = update(state, sharding.Layout(mesh, RULES).place_batch(net_batch()))
     assert before == jax.tree.map(lambda x: x.sharding, state)
     kernel = state.params["params"]["up"]["kernel"]
     assert kernel.addressable_shards[0].data.shape == (8, 12)
@@ -155,7 +157,7 @@ def test_an_update_compiles_ahead_of_time_without_arrays():
     opt = optax.adam(1e-2)
     mesh = sharding.make_mesh({"fsdp": 8})
     state = new_state(opt, mesh)
-    batch = sharding.shard_batch(net_batch(), mesh)
+    batch = sharding.Layout(mesh, RULES).place_batch(net_batch())
     shapes = lambda tree: jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree
     )
