@@ -134,7 +134,8 @@ class GrpoUpdate:
         """Takes arrays where layouts.train wants them, or ShapeDtypeStructs for `calls` only.
 
         reference: may share arrays with the policy; None for one of which only adapters are
-        trained: its own params without them. rollout_dtype: of the weights that answers are sampled with, None: as they are.
+        trained: its own params without them. rollout_dtype: of the weights that answers are
+        sampled with, None: as they are.
         """
         if policy.text.is_greedy or policy.audio.is_greedy:
             raise ValueError("GRPO explores by sampling: set both streams' temperature above 0.")

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from paras2s_jax.align.losses import STREAMS
 from paras2s_jax.audio.mel import RATE_HZ, whisper_log_mel
 from paras2s_jax.audio.resample import resample_rows
 from paras2s_jax.data.tokenizer import TextTokenizer
@@ -21,8 +22,6 @@ from paras2s_jax.models.placement import constrain
 from paras2s_jax.models.sampling import Sampling
 from paras2s_jax.models.whisper import WhisperEncoder, kimi_features, kimi_speech_features
 
-# What a policy writes; one for text alone has the first only.
-STREAMS = ("text", "audio")
 # Streams end with text_eos or msg_end, one step more than their content.
 END_STEPS = 1
 
@@ -179,7 +178,7 @@ class SpeechPolicy:
 
 
 def masks_of(streams: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Where the policy chose, per stream: bool[P, G, R]."""
+    """Where the policy chose, per stream that there is: bool[P, G, R]."""
     names = [name for name in STREAMS if f"{name}_mask" in streams]
     return {name: streams[f"{name}_mask"] for name in names}
 
