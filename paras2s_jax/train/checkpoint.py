@@ -1,66 +1,111 @@
 """Checkpoints: Orbax for training state, safetensors for small parts."""
 
+import copy
 import json
 import os
 import pathlib
+import shutil
 import uuid
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import safetensors
 import safetensors.numpy
 from flax import traverse_util
+from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers as policies
 
 from paras2s_jax.convert.stored import CheckpointError, saved_shapes
+from paras2s_jax.train import distributed, manifest
 from paras2s_jax.train import state as state_lib
 
 PART_DTYPES = ("float16", "float32", "bfloat16")
+# What a damaged checkpoint's folder is renamed to.
+TORN = ".torn"
+# Instead of a step, between processes.
+_NONE, _ALL_TORN = -1, -2
 
 
 class Checkpointer:
-    """Numbered checkpoints of a run: state and JSON side by side, complete or absent.
+    """Numbered checkpoints of a run: state and JSON side by side, whole or not there.
 
-    The frozen part of the state is not saved: it comes from where it was first loaded.
+    Written in the background, read back, and committed by a rename. The frozen part of the state is
+    not saved: it comes from where it was first loaded.
+
+    keep: how many of the last ones stay. keep_every: those of steps that it divides stay for ever;
+    0 for none.
     """
 
-    def __init__(self, directory: str | os.PathLike, keep: int = 2):
+    def __init__(self, directory: str | os.PathLike, keep: int = 2, keep_every: int = 0):
         self.directory = pathlib.Path(directory).resolve()
-        # Saves block: on the CPU backend a host copy may alias buffers that the next update
-        # overwrites, and a step that is worth saving is seldom.
+        self._writing: tuple[int, Any] | None = None  # The step, and what its shapes are to be.
+        kept = [policies.LatestN(keep)]
+        kept += [policies.EveryNSteps(keep_every)] if keep_every else []
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
+            preservation_policy=policies.AnyPreservationPolicy(kept),
             cleanup_tmp_directories=True,
-            enable_async_checkpointing=False,
+            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._verify),
+            multiprocessing_options=ocp.options.MultiprocessingOptions(
+                active_processes={0} if distributed.count() < jax.process_count() else None
+            ),
+            # Otherwise it would stumble over what a kill left half deleted.
+            lightweight_initialize=True,
         )
         self._manager = ocp.CheckpointManager(
             self.directory, options=options, item_names=("state", "extra")
         )
 
     def save(self, step: int, state: state_lib.TrainState, extra: Mapping[str, Any]) -> None:
-        """Saves under `step`; `extra` is plain JSON. A step that exists is left as it is."""
+        """Starts saving under `step`, after the save before has ended; returns meanwhile.
+
+        The state may be donated and `extra`, plain JSON, changed at once. A step that exists is
+        left as it is. Raises CheckpointError if the save before has failed.
+        """
+        self.wait()
         if step in self._manager.all_steps():
             return
+        saved = _saved_part(state)
+        # On the CPU what Orbax takes for a copy on the host is a view of the very buffer that the
+        # next update is given to overwrite.
+        if jax.default_backend() == "cpu":
+            saved = jax.tree.map(jnp.copy, saved)
+        self._writing = step, jax.tree.map(_abstract, saved)
         args = ocp.args.Composite(
-            state=ocp.args.StandardSave(_saved_part(state)), extra=ocp.args.JsonSave(dict(extra))
+            state=ocp.args.StandardSave(saved), extra=ocp.args.JsonSave(copy.deepcopy(dict(extra)))
         )
         self._manager.save(step, args=args, force=True)
-        self._manager.wait_until_finished()
+
+    def wait(self) -> None:
+        """Waits for the save under way; CheckpointError if it failed."""
+        try:
+            self._manager.wait_until_finished()
+        except (OSError, ValueError) as error:
+            step = self._writing[0] if self._writing else None
+            raise CheckpointError(
+                f"checkpoint {step} could not be written to {self.directory} ({error}); make room "
+                "or mend the disk, and run the same command again"
+            ) from error
 
     def latest_step(self) -> int | None:
+        """The last checkpoint that is wholly written."""
+        self.wait()
         return self._manager.latest_step()
 
     def restore_latest(
         self, template: state_lib.TrainState
     ) -> tuple[state_lib.TrainState, dict] | None:
-        """Returns (state, extra) of the last checkpoint, or None if there is none.
+        """Returns (state, extra) of the last whole checkpoint, or None if there is none at all.
 
-        `template` gives structure, dtypes, shardings and the frozen part.
+        `template` gives structure, dtypes, shardings and the frozen part: a checkpoint of another
+        mesh is spread anew. Damaged ones are named, set aside as `<step>.torn` and passed over;
+        CheckpointError if no other is left.
         """
-        step = self._manager.latest_step()
+        step = self._last_whole_step()
         if step is None:
             return None
         self._check_fits(step, _saved_part(template))
@@ -72,7 +117,48 @@ class Checkpointer:
         return template.replace(**restored.state), restored.extra
 
     def close(self) -> None:
+        self.wait()
         self._manager.close()
+
+    def _verify(self) -> None:
+        """Reads back what was written, before it is committed; runs on process 0's save thread."""
+        step, wanted = self._writing
+        (folder,) = self.directory.glob(f"{step}{ocp.utils.TMP_DIR_SUFFIX}*")
+        problems = _shape_problems(wanted, saved_shapes(folder / "state"))
+        if problems:
+            raise CheckpointError(f"read back, {'; '.join(problems[:5])}")
+        manifest.write(folder)
+
+    def _last_whole_step(self) -> int | None:
+        """The newest step that passes verification, found by process 0 and told to the others."""
+        self.wait()
+        found = self._set_torn_aside() if distributed.is_main() else _NONE
+        if distributed.count() > 1:
+            found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
+        # Others look at the folder only now that it is in order.
+        self._manager.reload()
+        if found == _ALL_TORN:
+            raise CheckpointError(
+                f"{self.directory}: every checkpoint is torn; they are kept as *.torn. Put a whole "
+                "one back, or delete the folder to start anew"
+            )
+        return None if found == _NONE else found
+
+    def _set_torn_aside(self) -> int:
+        """Renames torn checkpoints newer than the last whole one; its step, _NONE or _ALL_TORN."""
+        torn = any(self.directory.glob(f"*{TORN}"))
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            folder = self.directory / str(step)
+            problem = manifest.problem(folder)
+            if problem is None:
+                return step
+            print(f"checkpoint {folder} is torn ({problem}): passed over, kept as {step}{TORN}")
+            aside = folder.with_name(f"{step}{TORN}")
+            if aside.exists():
+                shutil.rmtree(aside)
+            folder.rename(aside)
+            torn = True
+        return _ALL_TORN if torn else _NONE
 
     def _check_fits(self, step: int, wanted: Any) -> None:
         """Compares shapes by name: Orbax would silently cut or pad an array of another shape."""

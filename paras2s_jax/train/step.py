@@ -31,9 +31,10 @@ LossFn = Callable[[dict[str, Any], Mapping[str, jax.Array], jax.Array], Sums]
 class Update:
     """Jitted `update(state, batch) -> (state, metrics)`; a `sharding.Program` in use.
 
-    `metrics` are float32[] on the device: every metric of the loss, `loss` and `grad_norm`. The new
-    state is sharded like the old one, gradients like the parameters. With `donate`, the old state's
-    params and opt_state are consumed; its frozen part never is.
+    `metrics` are float32[] on the device: every metric of the loss, `loss`, `grad_norm` and
+    `skipped`: 1 where the loss or a gradient is not finite, which leaves params and opt_state as
+    they were. The new state is sharded like the old one, gradients like the parameters. With
+    `donate`, the old state's params and opt_state are consumed; its frozen part never is.
     """
 
     name = "update"
@@ -98,12 +99,14 @@ class Update:
         updates, opt_state = self._optimizer.update(grads, state.opt_state, state.params)
         metrics = {name: total / weight for name, (total, weight) in sums.metrics.items()}
         metrics |= {"loss": sums.loss_sum * scale, "grad_norm": optax.global_norm(grads)}
-        new = state.replace(
-            step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
-            opt_state=opt_state,
+        sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        metrics["skipped"] = 1.0 - sound.astype(jnp.float32)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(sound, new, old),
+            (optax.apply_updates(state.params, updates), opt_state),
+            (state.params, state.opt_state),
         )
-        return new, metrics
+        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
 
 def make_update(

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -11,10 +12,11 @@ import jax
 import numpy as np
 import pytest
 from jax import numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from paras2s_jax.audio import wave
 from paras2s_jax.data import batches
-from paras2s_jax.train import checkpoint, loop, metrics, optimizer, step
+from paras2s_jax.train import checkpoint, loop, metrics, optimizer, preemption, sharding, step
 from paras2s_jax.train import state as state_lib
 
 NUM_STEPS = 40
@@ -25,7 +27,7 @@ SAVE_EVERY, LOG_EVERY = 9, 4
 class Counter:
     """A source of numbered batches with the interface of `data.batches.Batches`."""
 
-    def __init__(self, broken_at: int | None = None, end: int | None = None):
+    def __init__(self, broken_at: tuple[int, ...] = (), end: int | None = None):
         self.position, self.broken_at, self.end = 0, broken_at, end
 
     def __iter__(self):
@@ -36,7 +38,7 @@ class Counter:
             raise StopIteration
         self.position += 1
         x = np.random.default_rng(self.position).normal(size=(4, 6)).astype(np.float32)
-        if self.position == self.broken_at:
+        if self.position in self.broken_at:
             x[2] = np.nan
         return {"x": x, "row": np.arange(4, dtype=np.int32) + 4 * self.position}
 
@@ -131,7 +133,7 @@ class Killed(BaseException):
     pass
 
 
-def run_until(directory, last_step):
+def run_until(directory, last_step, source=None, **changes):
     """Runs and dies in the step after `last_step`."""
     _, update = new_state()
     done = 0
@@ -144,7 +146,7 @@ def run_until(directory, last_step):
         return update(state, {"x": batch["x"]})
 
     with pytest.raises(Killed):
-        run(directory, Counter(), update=mortal_update)
+        run(directory, source or Counter(), update=mortal_update, **changes)
     return done
 
 
@@ -154,7 +156,7 @@ def test_checkpoints_carry_metrics_that_have_no_row_yet(tmp_path):
     assert run_until(tmp_path / "parts", 17) == 17
     _, extra = checkpoint.Checkpointer(tmp_path / "parts" / "checkpoints").restore_latest(whole)
     assert extra["batches"] == {"position": 9}
-    assert [step for step, _ in extra["pending"]] == [9]
+    assert [step for step, _ in extra["log"]["fetched"]] == [9]
     # Dies again before it has saved anything new, then right after checkpoint 18.
     assert run_until(tmp_path / "parts", 10) == 1
     assert run_until(tmp_path / "parts", 18) == 9
@@ -198,6 +200,52 @@ def test_resumes_with_real_batches(tmp_path):
     assert params[0] == params[1]
 
 
+def test_resumes_on_eight_devices_and_back_on_one(tmp_path):
+    """One run, moved from one device to a mesh of eight in its middle, and back."""
+    mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
+
+    def part(num_steps, placed):
+        state, update = new_state()
+        if placed:
+            kernel = jax.device_put(
+                state.params["params"]["kernel"], NamedSharding(mesh, PartitionSpec("tensor"))
+            )
+            opt = optimizer.make_optimizer(1e-2, warmup_steps=5, total_steps=NUM_STEPS)
+            state = state_lib.TrainState.create(
+                {"params": {"kernel": kernel}}, opt, jax.random.key(1)
+            )
+        make_batch = lambda batch: {"x": batch["x"]}
+        if placed:
+            make_batch = lambda batch: sharding.shard_batch({"x": batch["x"]}, mesh)
+        return loop.fit(
+            state,
+            update,
+            Counter(),
+            num_steps=num_steps,
+            checkpointer=checkpoint.Checkpointer(tmp_path / "checkpoints"),
+            writer=metrics.MetricWriter(tmp_path),
+            log_every=LOG_EVERY,
+            make_batch=make_batch,
+        )
+
+    whole = run(tmp_path / "whole", Counter())
+    part(12, placed=False)
+    moved = part(24, placed=True)
+    assert moved.params["params"]["kernel"].sharding.spec == PartitionSpec("tensor")
+    final = part(NUM_STEPS, placed=False)
+    assert len(final.params["params"]["kernel"].devices()) == 1
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        (final.params, final.opt_state),
+        (whole.params, whole.opt_state),
+    )
+    rows = [
+        metrics.read_metrics(folder / "metrics.jsonl") for folder in (tmp_path, tmp_path / "whole")
+    ]
+    for row, expected in zip(*rows, strict=True):
+        assert row == pytest.approx(expected, rel=1e-5)
+
+
 def test_rows_are_means_over_the_steps_since_the_last(tmp_path):
     values = iter([1.0, 3.0, 2.0, 2.0, np.nan, 5.0])
 
@@ -213,11 +261,120 @@ def test_rows_are_means_over_the_steps_since_the_last(tmp_path):
     assert [(row["step"], row["tone"]) for row in rows] == [(2, 2.0), (4, 2.0), (5, None)]
 
 
-def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path):
-    with pytest.raises(loop.TrainingError, match=r"step 12: loss is nan .rows .48, 49, 50, 51."):
-        run(tmp_path, Counter(broken_at=12))
+def test_a_loss_that_is_not_finite_is_skipped_and_counted(tmp_path, capfd):
+    states = []
+
+    def update(state, batch):
+        new, values = new_state()[1](state, {"x": batch["x"]})
+        states.append(jax.device_get((new.params, new.opt_state)))
+        return new, values
+
+    run(tmp_path, Counter(broken_at=(6,)), update=update, num_steps=12)
+    # Step 6 leaves what step 5 left, step 7 goes on from there.
+    jax.tree.map(np.testing.assert_array_equal, states[5], states[4])
+    assert outcome_of(states[6]) != outcome_of(states[5])
+    rows = metrics.read_metrics(tmp_path / "metrics.jsonl")
+    assert [(row["step"], row["skipped"]) for row in rows] == [(4, 0.0), (8, 0.25), (12, 0.0)]
+    # The mean is over the three steps that had a loss.
+    assert rows[1]["loss"] > 0
+    assert "step 6: loss is nan (rows [24, 25, 26, 27]): skipped" in capfd.readouterr().err
+
+
+def outcome_of(tree):
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
+def test_too_many_skipped_in_a_row_end_the_run_at_the_last_checkpoint(tmp_path):
+    source = Counter(broken_at=(2, 4, 5, 10, 11, 12))
+    message = (
+        r"step 12: loss is nan .rows .48, 49, 50, 51.., 3 steps in a row.*"
+        rf"last good checkpoint is that of step 9 in {tmp_path}/checkpoints"
+    )
+    with pytest.raises(loop.TrainingError, match=message):
+        run(tmp_path, source, max_skipped=3)
     assert latest(tmp_path) == 9
     assert metrics.read_metrics(tmp_path / "metrics.jsonl")[-1]["step"] == 8
+
+
+def test_skips_are_counted_across_a_restart(tmp_path):
+    broken = {"broken_at": (8, 9, 10, 11)}
+    assert run_until(tmp_path, 9, source=Counter(**broken), max_skipped=4) == 9
+    with pytest.raises(loop.TrainingError, match=r"step 11: .* 4 steps in a row"):
+        run(tmp_path, Counter(**broken), max_skipped=4)
+
+
+class Watching:
+    """A monitor that counts rows and ends the run at one of them."""
+
+    def __init__(self, last=None):
+        self.rows, self.last = [], last
+
+    def start(self, step, state):
+        self.rows = [] if state is None else list(state["rows"])
+
+    def check(self, step, row):
+        self.rows.append(step)
+        if step == self.last:
+            raise loop.TrainingError(f"step {step}: enough")
+        return {"rows_seen": float(len(self.rows))}
+
+    def state(self):
+        return {"rows": self.rows}
+
+
+def test_a_monitor_sees_rows_adds_to_them_and_is_resumed(tmp_path):
+    run(tmp_path / "whole", Counter(), monitor=Watching())
+    assert run_until(tmp_path / "parts", 21, monitor=Watching()) == 21
+    run(tmp_path / "parts", Counter(), monitor=Watching())
+    rows = [metrics.read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts")]
+    assert rows[0] == rows[1]
+    assert [row["rows_seen"] for row in rows[0]] == list(range(1, 11))
+
+
+def test_a_monitor_ends_the_run_before_anything_later_is_saved(tmp_path):
+    # Row 36 and checkpoint 36 fall together: the row comes first.
+    message = r"step 36: enough; the last good checkpoint is that of step 27 in "
+    with pytest.raises(loop.TrainingError, match=message):
+        run(tmp_path, Counter(), monitor=Watching(last=36))
+    assert latest(tmp_path) == 27
+    with pytest.raises(loop.TrainingError, match="step 4: enough; there is no checkpoint"):
+        run(tmp_path / "none", Counter(), monitor=Watching(last=4), checkpointer=None)
+
+
+@pytest.mark.parametrize(
+    ("number", "raised"),
+    [(signal.SIGTERM, preemption.Preempted), (signal.SIGINT, KeyboardInterrupt)],
+)
+def test_told_to_stop_it_ends_the_step_saves_and_continues(tmp_path, number, raised):
+    whole = run(tmp_path / "whole", Counter())
+    _, update = new_state()
+
+    def signalled(state, batch):
+        if int(state.step) == 13:
+            os.kill(os.getpid(), number)
+        return update(state, {"x": batch["x"]})
+
+    before = [signal.getsignal(number) for number in preemption.SIGNALS]
+    with pytest.raises(raised):
+        run(tmp_path / "parts", Counter(), update=signalled)
+    assert [signal.getsignal(number) for number in preemption.SIGNALS] == before
+    # The step under way is in the checkpoint: nothing is lost.
+    assert latest(tmp_path / "parts") == 14
+    parts = run(tmp_path / "parts", Counter())
+    assert outcome(tmp_path / "parts", parts) == outcome(tmp_path / "whole", whole)
+
+
+def test_a_signal_in_the_last_step_is_not_swallowed(tmp_path):
+    _, update = new_state()
+
+    def signalled(state, batch):
+        if int(state.step) == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(state, {"x": batch["x"]})
+
+    with pytest.raises(preemption.Preempted):
+        run(tmp_path, Counter(), update=signalled, num_steps=8)
+    assert latest(tmp_path) == 8
 
 
 def test_data_that_end_are_an_error(tmp_path):

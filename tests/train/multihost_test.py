@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from jax import numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from paras2s_jax.train import checkpoint, loop, metrics, sharding, step
+from paras2s_jax.train import checkpoint, loop, metrics, preemption, sharding, step
 from paras2s_jax.train import state as state_lib
 
 
@@ -46,16 +47,22 @@ def loss_fn(variables, batch, rng):
     return step.Sums(y.sum(), jnp.float32(len(y)), {})
 
 
-def train(directory, num_steps):
+def train(directory, num_steps, before_step=lambda step: None):
     mesh = sharding.make_mesh({"fsdp": 2})
     placed = NamedSharding(mesh, P("fsdp"))
     kernel = jax.make_array_from_callback(
         (8, 3), placed, lambda index: np.arange(24, dtype=np.float32).reshape(8, 3)[index] / 24
     )
     opt = optax.adam(0.1)
+    jitted = step.make_update(loss_fn, opt)
+
+    def update(state, batch):
+        before_step(int(state.step))
+        return jitted(state, batch)
+
     return loop.fit(
         state_lib.TrainState.create({"params": {"kernel": kernel}}, opt, jax.random.key(0)),
-        step.make_update(loss_fn, opt),
+        update,
         Shard(jax.process_index(), jax.process_count()),
         num_steps=num_steps,
         checkpointer=checkpoint.Checkpointer(directory / "checkpoints"),
@@ -69,16 +76,26 @@ def train(directory, num_steps):
 def main(directory, address, index):
     jax.distributed.initialize(address, num_processes=2, process_id=index)
     train(directory, 3)
-    # Restores what both wrote, then goes on.
-    state = train(directory, 5)
+
+    # Restores what both wrote, then goes on until the second process alone is told to stop.
+    def signal_one(step):
+        if (index, step) == (1, 6):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    stopped = None
+    try:
+        train(directory, 50, signal_one)
+    except preemption.Preempted:
+        stopped = checkpoint.Checkpointer(directory / "checkpoints").latest_step()
+    state = train(directory, 12)
     (shard,) = state.params["params"]["kernel"].addressable_shards
-    out = {"start": shard.index[0].start, "rows": np.asarray(shard.data).tolist()}
+    rows = np.asarray(shard.data).tolist()
+    out = {"start": shard.index[0].start, "rows": rows, "stopped": stopped}
     (directory / f"{index}.json").write_text(json.dumps(out))
 
 
 def test_two_processes_equal_one(tmp_path):
-    single = train(tmp_path / "one", 3)
-    single = train(tmp_path / "one", 5)
+    single = train(tmp_path / "one", 12)
     expected = np.asarray(single.params["params"]["kernel"])
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -103,11 +120,13 @@ def test_two_processes_equal_one(tmp_path):
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], "\n".join(logs)
     parts = [json.loads((both / f"{index}.json").read_text()) for index in range(2)]
+    # Told in step 7, one process lets the other know by the end of step 8.
+    assert [part["stopped"] for part in parts] == [8, 8]
     parts.sort(key=lambda part: part["start"])
     found = np.concatenate([part["rows"] for part in parts])
     np.testing.assert_allclose(found, expected, atol=1e-5)
     rows = [metrics.read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "both")]
-    assert [row["step"] for row in rows[1]] == [1, 2, 3, 4, 5]
+    assert [row["step"] for row in rows[1]] == list(range(1, 13))
     for one, two in zip(*rows, strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
 

@@ -98,6 +98,37 @@ def test_no_weight_means_no_gradient(accum_steps):
     assert float(metrics["loss"]) == float(metrics["grad_norm"]) == 0.0
 
 
+@pytest.mark.parametrize("mesh", [None, {"fsdp": 4, "tensor": 2}])
+@pytest.mark.parametrize("broken", ["loss", "gradient"])
+def test_what_is_not_finite_changes_nothing_but_the_step(broken, mesh):
+    opt = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
+
+    def loss(variables, batch, rng):
+        sums = net_loss(variables, batch, rng)
+        extra = jnp.where(batch["spike"], jnp.nan, 0.0)
+        if broken == "gradient":
+            kernel = variables["params"]["up"]["kernel"]
+            # At 0 the square root has a value, but no gradient.
+            extra = jnp.sqrt(jnp.square(kernel - kernel).sum() + jnp.where(batch["spike"], 0, 1))
+        return sums._replace(loss_sum=sums.loss_sum + extra)
+
+    mesh = sharding.make_mesh(mesh) if mesh else None
+    update, state = step.make_update(loss, opt), new_state(opt, mesh)
+    placed = jax.tree.map(lambda x: x.sharding, state)
+    history = []
+    for seed, spike in enumerate([False, True, False]):
+        before = jax.device_get((state.params, state.opt_state))
+        state, metrics = update(state, net_batch(seed) | {"spike": np.bool_(spike)})
+        after = jax.device_get((state.params, state.opt_state))
+        same = [np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (before, after)))]
+        history.append((float(metrics["skipped"]), all(same)))
+        assert jax.tree.map(lambda x: x.sharding, state) == placed
+        assert np.isfinite(metrics["accuracy"])
+    assert history == [(0.0, False), (1.0, True), (0.0, False)]
+    assert int(state.step) == 3
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
+
+
 def test_accumulation_is_exact():
     opt = optax.adam(1e-2)
     runs = [
