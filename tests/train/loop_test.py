@@ -203,6 +203,7 @@ def test_resumes_with_real_batches(tmp_path):
 def test_resumes_on_eight_devices_and_back_on_one(tmp_path):
     """One run, moved from one device to a mesh of eight in its middle, and back."""
     mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
+    layout = sharding.Layout(mesh, (("act_batch", "fsdp"),))
 
     def part(num_steps, placed):
         state, update = new_state()
@@ -216,7 +217,7 @@ def test_resumes_on_eight_devices_and_back_on_one(tmp_path):
             )
         make_batch = lambda batch: {"x": batch["x"]}
         if placed:
-            make_batch = lambda batch: sharding.shard_batch({"x": batch["x"]}, mesh)
+            make_batch = lambda batch: layout.place_batch({"x": batch["x"]})
         return loop.fit(
             state,
             update,
