@@ -57,7 +57,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         raise ValueError(f"configs/tiny.py takes no argument or :from_scratch, not :{arg}.")
     c = ConfigDict()
     c.seed = 0
-    # Devices: another mesh of the same ones may be given for decoding.
+    # Devices: another mesh of the same ones may be given for decoding. topology: chips that
+    # `paras2s compile` plans for.
+    c.topology = ""
     c.mesh = ConfigDict(dict(data=1, fsdp=1, tensor=1))
     c.decode_mesh = ConfigDict(dict(data=1, fsdp=1, tensor=1))
     c.rules = axes.TRAIN_RULES
@@ -68,6 +70,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         dict(synthesizer="espeak", options={}, num_workers=2, sizes=dict(train_voices=4))
     )
 
+    # "" for what is spoken here, or a folder with queries.jsonl and demonstrations.jsonl.
+    c.data = ConfigDict(dict(folder=""))
+
     _add_parts(c, "train" if arg else "tiny")
     _add_policy(c)
     _add_supervision(c)
@@ -76,6 +81,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     c.retention = ConfigDict(dict(betas=(0.0,)))
     c.bench = ConfigDict(
         dict(
+            systems=("base", "sft", "sft_5x", "grpo"),
             batch_size=48,
             len_buckets_s=(3.2,),
             num_samples=2,
@@ -141,6 +147,7 @@ def _add_parts(c: ConfigDict, source: str) -> None:
 def _add_policy(c: ConfigDict) -> None:
     # The policy: a small Kimi-Audio. Text ids 0-511, specials 512-551, speech codes from 552.
     c.policy = ConfigDict()
+    c.policy.checkpoint = ""  # the packaged base, or the folder of a converted Kimi-Audio
     c.policy.model = ConfigDict(
         dict(
             vocab_size=512 + 40 + 1024,
@@ -159,12 +166,21 @@ def _add_policy(c: ConfigDict) -> None:
             kimia_adaptor_input_dim=4 * 96,
         )
     )
+    c.policy.lora = ConfigDict(
+        dict(
+            rank=0,
+            alpha=32.0,
+            targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        )
+    )
+    c.policy.trainable = ""  # all; "^lora/" for adapters alone
+    c.policy.dtype = "float32"
+    c.policy.param_dtype = "float32"
     c.policy.max_steps = 44
     c.policy.scan_unroll = 1
     c.policy.remat = "none"
     c.policy.logp_chunk = 768
-    c.policy.griffin_lim_iters = 4
-    c.policy.griffin_lim_rows = 8
+    c.policy.detokenizer = ConfigDict(dict(griffin_lim_iters=4, griffin_lim_rows=8))
     c.policy.text_sampling = ConfigDict(dict(temperature=1.0, top_k=0))
     c.policy.audio_sampling = ConfigDict(dict(temperature=0.5, top_k=0))
 
@@ -189,6 +205,8 @@ def _add_reinforcement(c: ConfigDict) -> None:
             audio_sampling=dict(temperature=0.7, top_k=0),
             len_buckets_s=(3.2,),
             pair_buckets_s=(2.0, 3.2, 4.0),
+            verdicts="",  # of the judge here, or the path of a jsonl of your own judge's
+            swap_styles=True,
             held_out_share=0.15,
             num_steps=250,
             lr=1.5e-3,
@@ -196,8 +214,9 @@ def _add_reinforcement(c: ConfigDict) -> None:
             trainable="lora|projector|audio_tower/proj/|language_model",
             findings_weight=0.5,
             model=dict(
+                checkpoint="",  # from scratch, or the folder of a released one
                 family="qwen2_audio",  # or qwen2_5_omni, which hears in windows
-                n_window=100,  # half a window of the latter, in mel frames
+                audio=dict(n_window=100),  # half a window of the latter, in mel frames
                 text=dict(
                     hidden_size=96,
                     intermediate_size=256,
@@ -210,7 +229,10 @@ def _add_reinforcement(c: ConfigDict) -> None:
                 lora_alpha=32.0,
                 audio_lora_rank=16,
                 audio_lora_targets=("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+                dtype="float32",
+                param_dtype="float32",
                 scan_unroll=1,
+                remat="none",
             ),
         )
     )

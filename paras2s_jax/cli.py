@@ -260,7 +260,7 @@ def _keep_compiled(workdir: Path) -> None:
 
 
 def _run_stage(argv: list[str]) -> None:
-    from paras2s_jax.stages.recipe import STAGES
+    from paras2s_jax.stages.recipe import STAGES, stages_of
     from paras2s_jax.stages.registry import Runner
 
     name = _stage_name(argv[1], STAGES)
@@ -271,7 +271,7 @@ def _run_stage(argv: list[str]) -> None:
     distributed.start(distributed.Settings(**settings))
     try:
         _keep_compiled(Path(workdir))
-        Runner(STAGES, config, workdir).run(name)
+        Runner(stages_of(config), config, workdir).run(name)
     except distributed.Preempted as stopped:
         # What was done is saved: status 0, and the scheduler runs the same command again.
         print(_sentence(stopped.message), file=sys.stderr)

@@ -52,7 +52,8 @@ def ran(monkeypatch):
         Stage("defect", "has a defect", defect),
         Stage("interrupted", "is interrupted", interrupted),
     ]
-    recipe = types.SimpleNamespace(STAGES={stage.name: stage for stage in stages})
+    stages = {stage.name: stage for stage in stages}
+    recipe = types.SimpleNamespace(STAGES=stages, stages_of=lambda config: stages)
     monkeypatch.setitem(sys.modules, "paras2s_jax.stages.recipe", recipe)
     monkeypatch.chdir(ROOT)
     return calls

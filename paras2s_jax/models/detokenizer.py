@@ -94,6 +94,21 @@ class FlowMatchingDetokenizer(struct.PyTreeNode):
     def samples_per_code(self) -> int:
         return FRAMES_PER_CODE * self.vocoder.config.hop_size
 
+    def boxed(self) -> "FlowMatchingDetokenizer":
+        """Shapes, types and logical axes instead of variables; makes no arrays."""
+
+        def variables(module, *shapes):
+            inputs = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
+            return jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
+
+        frame = ((1, 1, self.dit.config.input_size), jnp.float32)
+        code, time = ((1, 1), jnp.int32), ((1,), jnp.int32)
+        mel = ((1, self.vocoder.config.num_mels, 1), jnp.float32)
+        return self.replace(
+            dit_params=variables(self.dit, frame, code, time),
+            vocoder_params=variables(self.vocoder, mel),
+        )
+
     def decode(
         self, codes: jax.Array, len_codes: jax.Array, rng: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:

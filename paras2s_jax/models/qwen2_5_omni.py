@@ -80,15 +80,19 @@ class Qwen2_5OmniConfig:
         Raises:
             ValueError: there is no thinker, it lacks a part, or its widths do not fit.
         """
-        values: Mapping = json.loads(Path(path).read_text())
+        return cls.from_dict(json.loads(Path(path).read_text()), str(path))
+
+    @classmethod
+    def from_dict(cls, values: Mapping, where: str = "config") -> "Qwen2_5OmniConfig":
+        """As from_json. Empty parts give the released 7B. where: what an error calls the values."""
         is_whole = "thinker_config" in values
         values = values.get("thinker_config", values)
         for key in ("audio_config", "text_config"):
             if key not in values:
-                raise ValueError(f"{path}: key {key} missing; is this a Qwen2.5-Omni config?")
+                raise ValueError(f"{where}: key {key} missing; is this a Qwen2.5-Omni config?")
         # The part names a class of its own, which is shaped like Qwen2's.
         given = {**_TEXT_DEFAULTS, **values["text_config"], "model_type": "qwen2"}
-        text = text_config(given, f"{path}: text_config")
+        text = text_config(given, f"{where}: text_config")
         if text.mrope_section is None:
             text = replace(text, mrope_section=_MROPE_SECTION)
         config = cls(
@@ -99,7 +103,7 @@ class Qwen2_5OmniConfig:
         )
         if config.audio.output_dim != config.text.hidden_size:
             raise ValueError(
-                f"{path}: audio_config.output_dim {config.audio.output_dim} is not "
+                f"{where}: audio_config.output_dim {config.audio.output_dim} is not "
                 f"text_config.hidden_size {config.text.hidden_size}; audio could not enter the text"
             )
         return config

@@ -206,6 +206,12 @@ class WhisperVQTokenizer(struct.PyTreeNode):
     def codebook_size(self) -> int:
         return self.model.config.quantize_vocab_size
 
+    def boxed(self) -> "WhisperVQTokenizer":
+        """Shapes, types and logical axes instead of variables; makes no arrays."""
+        features = jax.ShapeDtypeStruct((1, self.model.config.num_mel_bins, 8), jnp.float32)
+        made = jax.eval_shape(self.model.init, jax.random.key(0), features)
+        return self.replace(variables={"params": made["params"]})
+
     def encode(self, waves: jax.Array, lens: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Codes of whole clips, in pieces of 30 s that know nothing of each other.
 

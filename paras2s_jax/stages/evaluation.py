@@ -18,24 +18,24 @@ from paras2s_jax.data.bank import load_bank
 from paras2s_jax.data.records import Query
 from paras2s_jax.judge import probes
 from paras2s_jax.judge.chain import Judge
-from paras2s_jax.judge.ledger import params_digest
 from paras2s_jax.models.codec import KMeansCodec
+from paras2s_jax.stages.assembly import Assembly, assemble, folder_digest, policy_folder
 from paras2s_jax.stages.judging import make_judge
-from paras2s_jax.stages.policy import Assembly, assemble, policy_params
-from paras2s_jax.stages.speech import CODEC_FILE, maker_of, parts_dir, queries_of, speech_dir
+from paras2s_jax.stages.speech import CODEC_FILE, data_dir, maker_of, parts_dir, queries_of
 
-POLICY_STAGES = ("base", "sft", "sft_5x", "grpo")
+# (a, b): who is compared with whom, where both are benched.
+COMPARISONS = (("grpo", "sft"), ("sft", "base"), ("grpo", "sft_5x"), ("topline", "grpo"))
 
 
 def policy_system(
     config: ConfigDict, made: Assembly, workdir: Path, stage: str, name: str | None = None
 ) -> PolicySystem:
     """A trained policy as a system of the bench; every token is sampled."""
-    variables = policy_params(workdir, stage)
+    folder = policy_folder(config, workdir, stage)
     return PolicySystem(
         name or stage,
-        make_respond_batch(made.policy, variables, made.frontend, made.tokenizer),
-        version=f"{params_digest(variables)}-{made.policy.text}-{made.policy.audio}",
+        make_respond_batch(made.policy, made.load(folder), made.frontend, made.tokenizer),
+        version=f"{folder_digest(folder)}-{made.policy.text}-{made.policy.audio}",
         batch_size=config.bench.batch_size,
         len_buckets_s=tuple(config.bench.len_buckets_s),
         num_samples=config.bench.num_samples,
@@ -44,24 +44,32 @@ def policy_system(
 
 
 def run_bench(config: ConfigDict, workdir: Path) -> dict[str, float]:
-    """Base, SFT, SFT on 5x, GRPO and topline on held-out sentences and voices."""
-    made, root, bank = assemble(config, workdir), speech_dir(workdir), load_bank()
-    queries = queries_of(workdir, "test")
+    """Base, SFT, SFT on 5x, GRPO and topline on held-out sentences and voices.
+
+    What knows only the bank's words, the ear and the probes, is left out on a user's own data.
+    """
+    made, root, c = assemble(config, workdir), data_dir(config, workdir), config.bench
+    queries, bank = queries_of(root, "test"), load_bank()
     judge = make_judge(config, workdir)
-    systems = [policy_system(config, made, workdir, stage) for stage in POLICY_STAGES]
-    systems.append(RecordedSystem("topline", root / "topline.jsonl"))
+    systems = [policy_system(config, made, workdir, stage) for stage in c.systems]
+    if (topline := root / "topline.jsonl").is_file():
+        systems.append(RecordedSystem("topline", topline))
+    names = {system.name for system in systems}
+    known = () if config.data.folder else bank.answers.values()
     results = bench_run.bench(
         systems,
         queries,
         root,
         workdir / "bench",
         judge=judge,
-        answers=sorted({text for texts in bank.answers.values() for text in texts}),
-        comparisons=[("grpo", "sft"), ("sft", "base"), ("grpo", "sft_5x"), ("topline", "grpo")],
-        use_labels=config.bench.use_labels,
+        answers=sorted({text for texts in known for text in texts}),
+        comparisons=[pair for pair in COMPARISONS if names.issuperset(pair)],
+        use_labels=c.use_labels,
         seed=config.seed,
-        num_workers=config.bench.num_workers,
+        num_workers=c.num_workers,
     )
+    if config.data.folder:
+        return tables.figures(results)
     return tables.figures(results) | _probe_figures(config, workdir, judge, queries)
 
 
@@ -92,14 +100,14 @@ def _probe_figures(
         maker=maker_of(config),
         resynthesize=resynthesize,
     )
-    return probes.run(judge, chosen, speech_dir(workdir))[0]
+    return probes.run(judge, chosen, data_dir(config, workdir))[0]
 
 
 def run_report(config: ConfigDict, workdir: Path) -> dict[str, float]:
     """One page with tables, curves and players, to be opened from disk."""
     page = write_report(
         workdir / "bench",
-        speech_dir(workdir),
+        data_dir(config, workdir),
         workdir / "report" / "index.html",
         curves=charts.grpo_charts(workdir / "grpo" / "metrics.jsonl"),
         title="ParaS2S: does the model listen?",

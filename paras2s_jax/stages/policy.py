@@ -10,65 +10,29 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from paras2s_jax.align import grpo, pairs, retention, sft
-from paras2s_jax.align.policy import Frontend, SpeechPolicy
+from paras2s_jax.align.policy import SpeechPolicy
 from paras2s_jax.align.rewards import make_reward_fn
 from paras2s_jax.convert import kimi_audio
-from paras2s_jax.convert.stored import load_params, save_params
 from paras2s_jax.data import records
 from paras2s_jax.data.batches import Batches, validate
 from paras2s_jax.data.records import Query, Response
 from paras2s_jax.data.synthesize import select_demonstrations
-from paras2s_jax.data.tokenizer import TextTokenizer
+from paras2s_jax.data.tokenizer import Tokenizer
 from paras2s_jax.judge import transcribe
-from paras2s_jax.models.codec import KMeansCodec
-from paras2s_jax.models.kimi_audio import KimiAudio, KimiAudioConfig
-from paras2s_jax.models.sampling import Sampling
-from paras2s_jax.models.whisper import WhisperEncoder
-from paras2s_jax.models.whisper_layers import WhisperConfig
-from paras2s_jax.stages.speech import (
-    BASE_FILE,
-    CODEC_FILE,
-    TEXT_FILE,
-    parts_dir,
-    queries_of,
-    speech_dir,
-)
-from paras2s_jax.train import sharding
+from paras2s_jax.models.lora import NO_LORA
+from paras2s_jax.stages.assembly import POLICY, Assembly, assemble, policy_folder
+from paras2s_jax.stages.registry import StageError
+from paras2s_jax.stages.speech import BASE_FILE, data_dir, parts_dir, queries_of, speech_dir
 from paras2s_jax.train.checkpoint import Checkpointer, load_part, save_part
 from paras2s_jax.train.metrics import MetricWriter
 from paras2s_jax.train.optimizer import make_optimizer
+from paras2s_jax.train.sharding import Layout
 
-
-@dataclasses.dataclass(frozen=True)
-class Assembly:
-    """A policy with all that surrounds it."""
-
-    policy: SpeechPolicy
-    frontend: Frontend
-    tokenizer: TextTokenizer
-
-
-def assemble(config: ConfigDict, workdir: Path) -> Assembly:
-    """Builds the policy of the config around the pretrained parts."""
-    folder, c = parts_dir(config, workdir), config.policy
-    variables, meta = load_part(folder / transcribe.MODEL_FILE, "float32")
-    encoder = {"params": variables["params"]["encoder"]}
-    codec = KMeansCodec.load(
-        folder / CODEC_FILE, num_iters=c.griffin_lim_iters, rows_at_once=c.griffin_lim_rows
-    )
-    policy = SpeechPolicy(
-        model=KimiAudio(KimiAudioConfig(**c.model), scan_unroll=c.scan_unroll, remat=c.remat),
-        encoder=WhisperEncoder(WhisperConfig(**meta["config"]), scan_unroll=c.scan_unroll),
-        max_steps=c.max_steps,
-        text=Sampling(**c.text_sampling),
-        audio=Sampling(**c.audio_sampling),
-        logp_chunk=c.logp_chunk,
-    )
-    tokenizer = TextTokenizer.load(folder / TEXT_FILE)
-    return Assembly(policy, Frontend(encoder, codec, codec), tokenizer)
+DEMONSTRATIONS, NEUTRAL = "demonstrations.jsonl", "neutral.jsonl"
 
 
 def init_policy(policy: SpeechPolicy, seed: int) -> dict[str, Any]:
@@ -77,21 +41,19 @@ def init_policy(policy: SpeechPolicy, seed: int) -> dict[str, Any]:
     return nn.unbox(jax.jit(init)(jax.random.key(seed)))
 
 
-def layouts_of(config: ConfigDict) -> sharding.Layouts:
-    """Where training and decoding put their arrays; one device needs no mesh."""
-    mesh, decode_mesh = config.mesh.to_dict(), config.decode_mesh.to_dict()
-    if all(size == 1 for size in (*mesh.values(), *decode_mesh.values())):
-        return sharding.Layouts()
-    return sharding.make_layouts(mesh, config.rules, decode_mesh, config.decode_rules)
-
-
 def _rows(queries: Sequence[Query], responses: Sequence[Response], root: Path, tokenizer):
     rows, base = pairs.pair_rows(queries, root, responses, root)
     return sft.tokenize_rows(rows, tokenizer), base
 
 
 def demonstration_batches(
-    rows: Sequence[dict], root: Path, section: ConfigDict, seed: int, *, one_pass: bool = False
+    rows: Sequence[dict],
+    root: Path,
+    section: ConfigDict,
+    seed: int,
+    layout: Layout,
+    *,
+    one_pass: bool = False,
 ) -> Batches:
     """tf.data batches of demonstrations; every file is checked first."""
     return Batches(
@@ -102,6 +64,7 @@ def demonstration_batches(
         batch_size=section.batch_size,
         len_buckets_s=tuple(section.len_buckets_s),
         token_buckets=tuple(section.token_buckets),
+        local_rows=layout.local_rows(section.batch_size),
         seed=seed,
         shuffle=not one_pass,
         repeat=not one_pass,
@@ -145,8 +108,9 @@ def _train_sft(
         optimizer=optimizer_of(section),
         num_steps=section.num_steps,
         rng=jax.random.key(config.seed),
+        trainable=made.trainable,
         accum_steps=section.accum_steps,
-        layout=layouts_of(config).train,
+        layout=made.layouts.train,
         checkpointer=Checkpointer(folder / "checkpoints"),
         save_every=section.save_every,
         writer=MetricWriter(folder),
@@ -154,19 +118,29 @@ def _train_sft(
     )
 
 
-def neutral_rows(workdir: Path, split: str, tokenizer: TextTokenizer) -> tuple[list[dict], Path]:
-    """Neutral dialogues of a split as demonstrations."""
-    root = speech_dir(workdir)
-    queries = [q for q in records.read_jsonl(root / "neutral.jsonl", Query) if q.split == split]
+def neutral_rows(root: Path, split: str, tokenizer: Tokenizer) -> tuple[list[dict], Path]:
+    """Neutral dialogues of a split as demonstrations. root: of neutral.jsonl and its answers."""
+    queries = [q for q in records.read_jsonl(root / NEUTRAL, Query) if q.split == split]
     names = {query.id for query in queries}
     answers = records.read_jsonl(root / "neutral_answers.jsonl", Response)
     return _rows(queries, [a for a in answers if a.query_id in names], root, tokenizer)
 
 
-def _neutral_nll(config: ConfigDict, workdir: Path, made: Assembly, variables) -> float:
-    rows, root = neutral_rows(workdir, "test", made.tokenizer)
-    batches = demonstration_batches(rows, root, config.base, 0, one_pass=True)
-    return sft.evaluate(made.policy, variables, made.frontend, batches)["nll"]
+def _neutral_batches(config: ConfigDict, workdir: Path, made: Assembly) -> list[dict]:
+    """Test dialogues to measure likelihood on; none where a user's data has no neutral ones."""
+    root = data_dir(config, workdir)
+    if config.data.folder and not (root / NEUTRAL).is_file():
+        return []
+    rows, base = neutral_rows(root, "test", made.tokenizer)
+    return list(demonstration_batches(rows, base, config.sft, 0, made.layouts.train, one_pass=True))
+
+
+def _neutral_nll(config: ConfigDict, workdir: Path, made: Assembly, variables, name: str):
+    batches = _neutral_batches(config, workdir, made)
+    if not batches:
+        return {}
+    found = sft.evaluate(made.policy, variables, made.frontend, batches, layout=made.layouts.train)
+    return {f"{name}/neutral_nll": found["nll"]}
 
 
 def run_base(config: ConfigDict, workdir: Path) -> dict[str, float]:
@@ -174,46 +148,65 @@ def run_base(config: ConfigDict, workdir: Path) -> dict[str, float]:
 
     It practises each train query with the same number of answers to its own style and to the other
     one, and with a bland one: how the query sounds tells nothing about how it is answered.
+
+    Raises:
+        StageError: the config takes a released policy, which is trained already.
     """
-    made, folder = assemble(config, workdir), workdir / "base"
+    if config.policy.checkpoint:
+        raise StageError(
+            f"the base is {config.policy.checkpoint} (policy.checkpoint): start with the stage sft."
+        )
+    made, folder = _without_adapters(assemble(config, workdir)), workdir / "base"
     if config.pretrain.source == "train":
         root = speech_dir(workdir)
-        queries = queries_of(workdir, "train")
-        styled = records.read_jsonl(root / "demonstrations.jsonl", Response)
+        queries = queries_of(root, "train")
+        styled = records.read_jsonl(root / DEMONSTRATIONS, Response)
         answers = records.read_jsonl(root / "bland.jsonl", Response) + styled
         answers += pairs.in_other_style(queries, styled, config.seed)
         rows, base = _rows(queries, answers, root, made.tokenizer)
-        rows += neutral_rows(workdir, "train", made.tokenizer)[0] * config.base.neutral_repeats
-        batches = demonstration_batches(rows, base, config.base, config.seed)
+        rows += neutral_rows(root, "train", made.tokenizer)[0] * config.base.neutral_repeats
+        batches = demonstration_batches(rows, base, config.base, config.seed, made.layouts.train)
         start = init_policy(made.policy, config.seed)
         variables = _train_sft(config, config.base, made, start, batches, folder)
         save_part(folder / BASE_FILE, variables, {}, "float16")
     # From the file in both cases: what is shipped is what was measured.
     source = folder if config.pretrain.source == "train" else parts_dir(config, workdir)
     variables, _ = load_part(source / BASE_FILE, "float32")
-    save_params(folder / "params", variables, {})
-    return {"base/neutral_nll": _neutral_nll(config, workdir, made, variables)}
+    made.save(folder / POLICY, variables)
+    return _neutral_nll(config, workdir, made, variables, "base")
 
 
-def policy_params(workdir: Path, stage: str) -> dict[str, Any]:
-    """The policy variables that a finished stage left."""
-    return load_params(workdir / stage / "params")[0]
+def _without_adapters(made: Assembly) -> Assembly:
+    policy = dataclasses.replace(made.policy, model=made.policy.model.clone(lora=NO_LORA))
+    return dataclasses.replace(made, policy=policy, trainable="")
 
 
 def _run_sft(config: ConfigDict, workdir: Path, name: str) -> dict[str, float]:
-    made, folder, root = assemble(config, workdir), workdir / name, speech_dir(workdir)
-    train = queries_of(workdir, "train")
-    section = config[name]
-    chosen = {q.id for q in select_demonstrations(train, section.num_demonstrations, config.seed)}
-    answers = records.read_jsonl(root / "demonstrations.jsonl", Response)
-    rows, base = _rows(train, [a for a in answers if a.query_id in chosen], root, made.tokenizer)
-    batches = demonstration_batches(rows, base, section, config.seed)
-    variables = _train_sft(config, section, made, policy_params(workdir, "base"), batches, folder)
-    save_params(folder / "params", variables, {})
-    return {
-        f"{name}/demonstrations": len(rows),
-        f"{name}/neutral_nll": _neutral_nll(config, workdir, made, variables),
-    }
+    made, section = assemble(config, workdir), config[name]
+    rows, base = _demonstrations(config, workdir, section.num_demonstrations, made.tokenizer)
+    batches = demonstration_batches(rows, base, section, config.seed, made.layouts.train)
+    start = made.load(policy_folder(config, workdir, "base"), config.seed)
+    variables = _train_sft(config, section, made, start, batches, workdir / name)
+    made.save(workdir / name / POLICY, variables)
+    figures = {f"{name}/demonstrations": len(rows)}
+    return figures | _neutral_nll(config, workdir, made, variables, name)
+
+
+def _demonstrations(
+    config: ConfigDict, workdir: Path, count: int, tokenizer: Tokenizer
+) -> tuple[list[dict], Path]:
+    """Rows of so many demonstrated answers, even over styles and sentences; and their root."""
+    root = data_dir(config, workdir)
+    answers = records.read_jsonl(root / DEMONSTRATIONS, Response)
+    answered = {answer.query_id for answer in answers}
+    train = [query for query in queries_of(root, "train") if query.id in answered]
+    if count > len(train):
+        raise StageError(
+            f"{root / DEMONSTRATIONS} answers {len(train)} train queries, of which "
+            f"num_demonstrations asks for {count}: lower it, or add answers."
+        )
+    chosen = {query.id for query in select_demonstrations(train, count, config.seed)}
+    return _rows(train, [a for a in answers if a.query_id in chosen], root, tokenizer)
 
 
 def run_sft(config: ConfigDict, workdir: Path) -> dict[str, float]:
@@ -240,13 +233,14 @@ def run_retention(config: ConfigDict, workdir: Path) -> dict[str, float]:
 
 
 def _train_grpo(config: ConfigDict, workdir: Path, folder: Path, beta: float) -> dict[str, float]:
-    # Imported here because `reward` itself stands on this module's assembly of the policy.
+    # Imported here because `reward` itself stands on this module's optimizer.
     from paras2s_jax.stages.reward import load_reward_model
 
     c = config.grpo
     made = assemble(config, workdir)
-    reward_model, reward_variables = load_reward_model(config, workdir)
-    reference = policy_params(workdir, "sft")
+    reward_model, reward_variables = load_reward_model(config, workdir, made.layouts)
+    # Where adapters alone are trained, policy and reference share the parameters.
+    reference = made.load(policy_folder(config, workdir, "sft"), config.seed)
     fields = {field.name for field in dataclasses.fields(grpo.Settings)} - {"beta"}
     variables = grpo.train(
         made.policy,
@@ -255,49 +249,51 @@ def _train_grpo(config: ConfigDict, workdir: Path, folder: Path, beta: float) ->
         made.frontend,
         make_reward_fn(reward_model),
         reward_variables,
-        _query_batches(config, workdir),
+        _query_batches(config, workdir, made.layouts.train),
         optimizer=optimizer_of(c, c.num_epochs),
         settings=grpo.Settings(beta=beta, **{k: v for k, v in c.items() if k in fields}),
         num_steps=c.num_steps,
         rng=jax.random.key(config.seed),
+        trainable=made.trainable,
         audit=_audit(config, workdir, made),
-        layouts=layouts_of(config),
+        layouts=made.layouts,
+        rollout_dtype=jnp.dtype(config.policy.dtype),
         checkpointer=Checkpointer(folder / "checkpoints"),
         save_every=c.save_every,
         writer=MetricWriter(folder),
         label=folder.name,
     )
-    save_params(folder / "params", variables, {})
-    rows, base = neutral_rows(workdir, "test", made.tokenizer)
+    made.save(folder / POLICY, variables)
+    batches = _neutral_batches(config, workdir, made)
+    if not batches:
+        return {}
     kept = retention.nll_growth(
-        made.policy,
-        reference,
-        variables,
-        made.frontend,
-        # A list, because it is gone through twice.
-        list(demonstration_batches(rows, base, config.base, 0, one_pass=True)),
+        made.policy, reference, variables, made.frontend, batches, layout=made.layouts.train
     )
     return {f"retention/{beta:g}/{name}": value for name, value in kept.items()}
 
 
-def _query_batches(config: ConfigDict, workdir: Path) -> Batches:
+def _query_batches(config: ConfigDict, workdir: Path, layout: Layout) -> Batches:
     """All train queries as RL hears them: speech, neither words nor labels."""
-    c, root = config.grpo, speech_dir(workdir)
-    rows = pairs.query_rows(queries_of(workdir, "train"))
+    c, root = config.grpo, data_dir(config, workdir)
+    rows = pairs.query_rows(queries_of(root, "train"))
     return Batches(
         _checked(rows, root, grpo.AUDIO_KEYS, c.max_bad_share),
         root=root,
         audio_keys=grpo.AUDIO_KEYS,
         batch_size=c.num_prompts,
         len_buckets_s=tuple(c.len_buckets_s),
+        local_rows=layout.local_rows(c.num_prompts),
         seed=config.seed,
         shuffle=True,
         repeat=True,
     )
 
 
-def _audit(config: ConfigDict, workdir: Path, made: Assembly) -> grpo.Audit:
-    """The recogniser that checks during RL that answers say what their text stream says."""
+def _audit(config: ConfigDict, workdir: Path, made: Assembly) -> grpo.Audit | None:
+    """The recogniser that checks during RL that answers say what their text stream says, if any."""
+    if not config.grpo.audit_every:
+        return None
     listener = transcribe.WhisperTranscriber.load(
         parts_dir(config, workdir), batch_size=config.judge.batch_size
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -15,7 +16,8 @@ def _lazy(module: str, function: str) -> Lazy:
 
 def _run_align(config: ConfigDict, workdir: Path) -> dict[str, float]:
     """The figures of every stage of the loop; the stages themselves are what it needs."""
-    return {k: v for name in ALIGN for k, v in figures_of(workdir / name).items()}
+    loop = stages_of(config)["align"].needs
+    return {k: v for name in loop for k, v in figures_of(workdir / name).items()}
 
 
 ALIGN = (
@@ -24,8 +26,10 @@ ALIGN = (
 )  # fmt: skip
 
 _SPEECH = ("seed", "synthesize", "pretrain")
-_POLICY = (*_SPEECH, "policy")
+_DATA = ("seed", "data")
+_POLICY = (*_DATA, "policy")
 
+# What some need depends on the config: see `stages_of`.
 STAGES = {
     stage.name: stage
     for stage in (
@@ -33,7 +37,6 @@ STAGES = {
             "align",
             "the whole loop, from the text bank to the report",
             _run_align,
-            needs=ALIGN,
         ),
         Stage(
             "synthesize",
@@ -67,39 +70,35 @@ STAGES = {
             "the tone-deaf base policy",
             _lazy("policy", "run_base"),
             needs=("pretrain",),
-            sections=("base", *_POLICY),
+            sections=("base", *_SPEECH, *_POLICY),
             on_all=True,
         ),
         Stage(
             "sft",
             "supervised warm-up on few demonstrations",
             _lazy("policy", "run_sft"),
-            needs=("base",),
-            sections=("sft",),
+            sections=("sft", *_POLICY),
             on_all=True,
         ),
         Stage(
             "sft_5x",
             "the same on five times the demonstrations, to compare with",
             _lazy("policy", "run_sft_5x"),
-            needs=("base",),
-            sections=("sft_5x",),
+            sections=("sft_5x", *_POLICY),
             on_all=True,
         ),
         Stage(
             "distill",
             "sample the SFT policy, judge, train the reward model",
             _lazy("reward", "run_distill"),
-            needs=("sft", "analyzers"),
-            sections=("judge", "distill"),
+            sections=("judge", "distill", *_POLICY),
             on_all=True,
         ),
         Stage(
             "grpo",
             "reinforce both token streams with the reward model",
             _lazy("policy", "run_grpo"),
-            needs=("distill",),
-            sections=("grpo",),
+            sections=("grpo", *_POLICY),
             on_all=True,
         ),
         Stage(
@@ -114,7 +113,6 @@ STAGES = {
             "bench",
             "answer held-out queries, judge, listen, tabulate",
             _lazy("evaluation", "run_bench"),
-            needs=("grpo", "sft_5x"),
             sections=("bench",),
         ),
         Stage(
@@ -125,3 +123,30 @@ STAGES = {
         ),
     )
 }
+
+
+def stages_of(config: ConfigDict) -> dict[str, Stage]:
+    """The stages, each with all that it needs under this config.
+
+    A released policy needs no base, a user's own data no speech, a user's own verdicts no judge;
+    small models stand on the packaged parts; the bench needs the policies that it benches.
+    """
+    c = config
+    speech = () if c.data.folder else ("synthesize",)
+    start = speech if c.policy.checkpoint else ("base",)
+    judge = () if c.distill.verdicts else ("analyzers",)
+    parts = () if c.distill.model.checkpoint else ("pretrain",)
+    needs = {
+        "sft": start,
+        "sft_5x": start,
+        "distill": ("sft", *judge, *parts),
+        "grpo": ("distill", *(("pretrain",) if c.grpo.audit_every else ())),
+        "bench": (*(name for name in c.bench.systems if name != "base"), "analyzers"),
+    }
+    spared = {"base"} if c.policy.checkpoint else set()
+    spared |= {"sft_5x"} - set(c.bench.systems)
+    needs["align"] = tuple(name for name in ALIGN if name not in spared)
+    return {
+        name: dataclasses.replace(stage, needs=needs.get(name, stage.needs))
+        for name, stage in STAGES.items()
+    }

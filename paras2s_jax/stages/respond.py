@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from paras2s_jax.bench.systems import AUDIO_SUFFIXES, PolicySystem
 from paras2s_jax.data.records import Query, Response, read_jsonl
 from paras2s_jax.models.sampling import Sampling
 from paras2s_jax.stages import kimi
+from paras2s_jax.stages.assembly import folder_digest
 from paras2s_jax.stages.registry import StageError
 
 # Lengths that queries are padded to. Prompt and answer share kimi.MAX_TOKENS, 120 s in all: the
@@ -63,7 +63,7 @@ def run(
     system = PolicySystem(
         Path(checkpoint).resolve().name,
         made.respond_batch,
-        version=f"{_digest(Path(checkpoint))}-{made.policy.text}-{made.policy.audio}-"
+        version=f"{folder_digest(Path(checkpoint))}-{made.policy.text}-{made.policy.audio}-"
         f"{made.policy.max_steps}-{dtype}",
         batch_size=min(batch_size, num_samples * len(queries)),
         len_buckets_s=LEN_BUCKETS_S,
@@ -127,13 +127,3 @@ def _check(queries: Sequence[Query], source: Path) -> None:
                 f"{source}: {query.wav} lasts {query.dur_s:.1f} s; longer than "
                 f"{LEN_BUCKETS_S[-1]:.0f} s leaves no room for an answer, cut it."
             )
-
-
-def _digest(folder: Path) -> str:
-    """Changes with any file of a checkpoint, without reading one."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        status = path.stat()
-        line = f"{path.relative_to(folder)} {status.st_size} {status.st_mtime_ns}\n"
-        digest.update(line.encode())
-    return digest.hexdigest()[:16]

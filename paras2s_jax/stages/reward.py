@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -15,112 +16,133 @@ from paras2s_jax.align import distill, pairs
 from paras2s_jax.align.rewards import RewardModel, score_prompt
 from paras2s_jax.convert.stored import load_params, save_params
 from paras2s_jax.data.batches import Batches
-from paras2s_jax.data.records import Query
+from paras2s_jax.data.records import Query, Response, Verdict, read_jsonl
 from paras2s_jax.data.tokenizer import TextTokenizer
-from paras2s_jax.judge.ledger import params_digest
-from paras2s_jax.models.lora import LoRA
 from paras2s_jax.models.qwen2 import Qwen2Config
-from paras2s_jax.models.qwen2_5_omni import (
-    OmniAudioConfig,
-    Qwen2_5OmniConfig,
-    Qwen2_5OmniThinker,
-)
-from paras2s_jax.models.qwen2_audio import Qwen2Audio, Qwen2AudioConfig
+from paras2s_jax.models.qwen2_5_omni import OmniAudioConfig, Qwen2_5OmniConfig
+from paras2s_jax.models.qwen2_audio import Qwen2AudioConfig
 from paras2s_jax.models.sampling import Sampling
-from paras2s_jax.stages.judging import make_judge
-from paras2s_jax.stages.policy import assemble, layouts_of, optimizer_of, policy_params
-from paras2s_jax.stages.speech import TEXT_FILE, asr_encoder, parts_dir, queries_of, speech_dir
+from paras2s_jax.models.whisper_layers import WhisperConfig
+from paras2s_jax.stages import audio_lm
+from paras2s_jax.stages.assembly import Assembly, assemble, folder_digest, policy_folder
+from paras2s_jax.stages.judging import given_verdicts, make_judge
+from paras2s_jax.stages.policy import optimizer_of
+from paras2s_jax.stages.speech import TEXT_FILE, asr_encoder, data_dir, parts_dir, queries_of
+from paras2s_jax.train import distributed
 from paras2s_jax.train.checkpoint import Checkpointer
 from paras2s_jax.train.metrics import MetricWriter
+from paras2s_jax.train.sharding import Layout, Layouts
+
+# Folder of the reward model, inside the stage's own.
+REWARD_MODEL = "reward_model"
 
 
-def make_reward_model(config: ConfigDict, workdir: Path) -> tuple[RewardModel, dict[str, Any]]:
+def make_reward_model(
+    config: ConfigDict, workdir: Path, layouts: Layouts
+) -> tuple[RewardModel, dict[str, Any]]:
     """The reward model of the config and its variables before distillation."""
     c = config.distill.model
-    tokenizer = TextTokenizer.load(parts_dir(config, workdir) / TEXT_FILE)
+    if c.checkpoint:
+        reward_model = audio_lm.reward_model_of(c)
+        folder = Path(c.checkpoint)
+        return reward_model, audio_lm.load(reward_model, folder, layouts.train, config.seed)
     whisper, encoder = asr_encoder(config, workdir)
-    text, slot = Qwen2Config(tokenizer.vocab_size + 1, **c.text), tokenizer.vocab_size
-    if c.family == "qwen2_audio":
-        model = Qwen2Audio(Qwen2AudioConfig(whisper, text, slot))
-    elif c.family == "qwen2_5_omni":
-        audio = OmniAudioConfig(
-            **dataclasses.asdict(whisper), n_window=c.n_window, output_dim=text.hidden_size
-        )
-        model = Qwen2_5OmniThinker(Qwen2_5OmniConfig(audio, text, slot))
+    reward_model = _small(config, workdir, whisper)
+    if c.family == "qwen2_5_omni":
         encoder = {name: encoder[name] for name in ("conv1", "conv2", "layers")} | {
             "ln_post": encoder["layer_norm"]
         }
-    else:
-        raise ValueError(
-            f"distill.model.family is {c.family!r}; choose qwen2_audio or qwen2_5_omni"
-        )
-    model = model.clone(
-        lora=LoRA(c.lora_rank, c.lora_alpha),
-        audio_lora=LoRA(c.audio_lora_rank, c.lora_alpha, tuple(c.audio_lora_targets)),
-        scan_unroll=c.scan_unroll,
-    )
-    reward_model = RewardModel(model, score_prompt(tokenizer))
     return reward_model, reward_model.init(jax.random.key(config.seed), encoder)
 
 
-def load_reward_model(config: ConfigDict, workdir: Path) -> tuple[RewardModel, dict[str, Any]]:
+def _small(config: ConfigDict, workdir: Path, whisper: WhisperConfig) -> RewardModel:
+    """A small one around the recogniser's encoder, with the policy's own tokenizer."""
+    c = config.distill.model
+    tokenizer = TextTokenizer.load(parts_dir(config, workdir) / TEXT_FILE)
+    text, slot = Qwen2Config(tokenizer.vocab_size + 1, **c.text), tokenizer.vocab_size
+    if c.family == "qwen2_audio":
+        sizes = Qwen2AudioConfig(whisper, text, slot)
+    elif c.family == "qwen2_5_omni":
+        audio = OmniAudioConfig(
+            **dataclasses.asdict(whisper) | c.audio.to_dict(), output_dim=text.hidden_size
+        )
+        sizes = Qwen2_5OmniConfig(audio, text, slot)
+    else:
+        raise ValueError(
+            f"distill.model.family is {c.family!r}; choose {' or '.join(audio_lm.FAMILIES)}"
+        )
+    model = audio_lm.with_settings(c, audio_lm.FAMILIES[c.family](sizes))
+    return RewardModel(model, score_prompt(tokenizer))
+
+
+def load_reward_model(
+    config: ConfigDict, workdir: Path, layouts: Layouts
+) -> tuple[RewardModel, dict[str, Any]]:
     """The reward model that `distill` left."""
-    reward_model, _ = make_reward_model(config, workdir)
-    return reward_model, load_params(workdir / "distill" / "params")[0]
+    folder = workdir / "distill" / REWARD_MODEL
+    if config.distill.model.checkpoint:
+        reward_model = audio_lm.reward_model_of(config.distill.model)
+        return reward_model, audio_lm.load(reward_model, folder, layouts.train)
+    reward_model = _small(config, workdir, asr_encoder(config, workdir)[0])
+    return reward_model, load_params(folder / "params")[0]
+
+
+def _save(
+    config: ConfigDict, reward_model: RewardModel, variables: dict[str, Any], folder: Path
+) -> None:
+    c = config.distill
+    if c.model.checkpoint:
+        base = Path(c.model.checkpoint)
+        audio_lm.save(reward_model, variables, folder, base, c.trainable)
+    else:
+        save_params(folder / "params", variables, {})
+
+
+def outline_reward_model(config: ConfigDict, workdir: Path = Path()) -> RewardModel:
+    """As `make_reward_model`, for plans: no checkpoint needs to be there."""
+    if config.distill.model.checkpoint:
+        return audio_lm.outline(config.distill.model)
+    return _small(config, workdir, asr_encoder(config, workdir)[0])
 
 
 def run_distill(config: ConfigDict, workdir: Path) -> dict[str, float]:
     """Samples of the SFT policy -> verdicts -> reward model, tested on held-out sentences."""
-    c, folder, root = config.distill, workdir / "distill", speech_dir(workdir)
+    c, folder, root = config.distill, workdir / "distill", data_dir(config, workdir)
     made = assemble(config, workdir)
-    everything = queries_of(workdir, "train")
-    queries = _some_of(everything, c.num_queries, config.seed)
-    variables = policy_params(workdir, "sft")
-    policy = dataclasses.replace(
-        made.policy, text=Sampling(**c.text_sampling), audio=Sampling(**c.audio_sampling)
-    )
-    responses = distill.sample(
-        policy,
-        variables,
-        made.frontend,
-        made.tokenizer,
-        queries,
-        root,
-        folder / "samples",
-        num_samples=c.num_samples,
-        batch_size=c.sample_batch_size,
-        len_buckets_s=tuple(c.len_buckets_s),
-        seed=config.seed,
-        version=params_digest(variables),
-    )
-    judge = make_judge(config, workdir)
-    # The judge has heard every wav of the second half in the first.
-    answers = responses + pairs.in_other_style(everything, responses, config.seed)
-    verdicts = distill.judge_samples(judge.judge, everything, root, answers, folder / "samples")
+    everything = queries_of(root, "train")
+    responses = _sample(config, workdir, made, everything)
+    answers, verdicts = _judge(config, workdir, everything, responses)
     rows, base, num_left_out = distill.scored_rows(
         everything, root, answers, folder / "samples", verdicts
     )
     own = verdicts[: len(responses)]
     train_rows, test_rows = distill.hold_out(rows, c.held_out_share)
-    reward_model, start = make_reward_model(config, workdir)
+    # The policy's weights are no longer needed where the reward model's are about to be.
+    layouts = made.layouts
+    del made
+    reward_model, start = make_reward_model(config, workdir, layouts)
     trained = distill.train(
         reward_model,
         start,
-        _batches(train_rows, base, c, config.seed),
+        _batches(train_rows, base, c, config.seed, layouts.train),
         optimizer=optimizer_of(c),
         num_steps=c.num_steps,
         rng=jax.random.key(config.seed),
         trainable=c.trainable,
         findings_weight=c.findings_weight,
         accum_steps=c.accum_steps,
-        layout=layouts_of(config).train,
+        layout=layouts.train,
         checkpointer=Checkpointer(folder / "checkpoints"),
         save_every=c.save_every,
         writer=MetricWriter(folder),
     )
-    save_params(folder / "params", trained, {})
+    _save(config, reward_model, trained, folder / REWARD_MODEL)
     predicted = distill.predict(
-        reward_model, trained, _batches(test_rows, base, c, 0, one_pass=True), len(test_rows)
+        reward_model,
+        trained,
+        _batches(test_rows, base, c, 0, layouts.train, one_pass=True),
+        len(test_rows),
+        layouts.train,
     )
     judged = np.array([row["score"] for row in test_rows], np.float32)
     names = [row["query_id"] for row in test_rows]
@@ -133,13 +155,68 @@ def run_distill(config: ConfigDict, workdir: Path) -> dict[str, float]:
     }
 
 
+def _sample(
+    config: ConfigDict, workdir: Path, made: Assembly, queries: Sequence[Query]
+) -> list[Response]:
+    """Answers of the SFT policy to some of the queries."""
+    c, source = config.distill, policy_folder(config, workdir, "sft")
+    policy = dataclasses.replace(
+        made.policy, text=Sampling(**c.text_sampling), audio=Sampling(**c.audio_sampling)
+    )
+    return distill.sample(
+        policy,
+        made.load(source),
+        made.frontend,
+        made.tokenizer,
+        _some_of(queries, c.num_queries, config.seed),
+        data_dir(config, workdir),
+        workdir / "distill" / "samples",
+        num_samples=c.num_samples,
+        batch_size=c.sample_batch_size,
+        len_buckets_s=tuple(c.len_buckets_s),
+        seed=config.seed,
+        version=folder_digest(source),
+        layouts=made.layouts,
+        dtype=jnp.dtype(config.policy.dtype),
+    )
+
+
+def _judge(
+    config: ConfigDict, workdir: Path, queries: Sequence[Query], responses: list[Response]
+) -> tuple[list[Response], list[Verdict]]:
+    """The answers to train on, the given ones first, and a verdict on each."""
+    c, samples = config.distill, workdir / "distill" / "samples"
+    if c.verdicts:
+        given = given_verdicts(Path(c.verdicts), responses, samples / "responses.jsonl")
+        return responses, given
+    answers = responses
+    if c.swap_styles:
+        # The judge has heard every wav of the second half in the first.
+        answers = responses + pairs.in_other_style(queries, responses, config.seed)
+
+    def judge() -> None:
+        chain, root = make_judge(config, workdir), data_dir(config, workdir)
+        distill.judge_samples(chain.judge, queries, root, answers, samples)
+
+    distributed.on_main("verdicts", judge)
+    return answers, read_jsonl(samples / "verdicts.jsonl", Verdict)
+
+
 def _some_of(queries: Sequence[Query], count: int, seed: int) -> list[Query]:
     """A random choice of the queries, in their order."""
     picked = np.random.default_rng(seed).permutation(len(queries))[:count]
     return [queries[i] for i in sorted(picked)]
 
 
-def _batches(rows, root: Path, c: ConfigDict, seed: int, *, one_pass: bool = False) -> Batches:
+def _batches(
+    rows: Sequence[dict],
+    root: Path,
+    c: ConfigDict,
+    seed: int,
+    layout: Layout,
+    *,
+    one_pass: bool = False,
+) -> Batches:
     return Batches(
         rows,
         root=root,
@@ -147,6 +224,7 @@ def _batches(rows, root: Path, c: ConfigDict, seed: int, *, one_pass: bool = Fal
         scalar_keys=() if one_pass else distill.SCALAR_KEYS,
         batch_size=c.batch_size,
         len_buckets_s=tuple(c.pair_buckets_s),
+        local_rows=layout.local_rows(c.batch_size),
         seed=seed,
         shuffle=not one_pass,
         repeat=not one_pass,

@@ -21,7 +21,7 @@ from paras2s_jax.judge import polytone, salad, tone, transcribe
 from paras2s_jax.judge.recipe import Recipe, another_microphone
 from paras2s_jax.models.codec import KMeansCodec, fit_codebook
 from paras2s_jax.models.whisper_layers import WhisperConfig
-from paras2s_jax.stages.registry import figures_of
+from paras2s_jax.stages.registry import StageError, figures_of
 from paras2s_jax.train.checkpoint import Checkpointer, load_part, save_part
 from paras2s_jax.train.metrics import MetricWriter
 
@@ -32,6 +32,7 @@ CODEC_FILE, TONE_FILE, TEXT_FILE, BASE_FILE = (
     "text_tokenizer.json",
     "base.safetensors",
 )
+QUERIES = "queries.jsonl"
 PART_FILES = (CODEC_FILE, TONE_FILE, TEXT_FILE, transcribe.MODEL_FILE, transcribe.TOKENIZER_FILE)
 
 
@@ -40,10 +41,25 @@ def speech_dir(workdir: Path) -> Path:
     return workdir / "synthesize"
 
 
-def queries_of(workdir: Path, split: str) -> list[Query]:
-    """The spoken queries of a split; wavs relative to `speech_dir`."""
-    queries = records.read_jsonl(speech_dir(workdir) / "queries.jsonl", Query)
-    return [query for query in queries if query.split == split]
+def data_dir(config: ConfigDict, workdir: Path) -> Path:
+    """Where queries, demonstrations and their wavs are: the user's folder, or what was spoken."""
+    return Path(config.data.folder) if config.data.folder else speech_dir(workdir)
+
+
+def queries_of(root: Path, split: str) -> list[Query]:
+    """The spoken queries of a split; wavs relative to `root`.
+
+    Raises:
+        StageError: there are none.
+    """
+    queries = records.read_jsonl(root / QUERIES, Query)
+    found = [query for query in queries if query.split == split]
+    if not found:
+        raise StageError(
+            f'{root / QUERIES} has no query of split "{split}": mark some of its '
+            f"{len(queries)} queries so."
+        )
+    return found
 
 
 def parts_dir(config: ConfigDict, workdir: Path) -> Path:

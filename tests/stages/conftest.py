@@ -1,8 +1,9 @@
-"""A Kimi-Audio of random weights, tiny, in the layout and file names of the release."""
+"""Released models of random weights, tiny, in the layouts and file names of their releases."""
 
 import base64
 import functools
 import json
+import runpy
 import shutil
 from pathlib import Path
 
@@ -10,17 +11,19 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 import yaml
 from safetensors.numpy import load_file, save_file
 
-from paras2s_jax.convert import kimi_audio
+from paras2s_jax.convert import folders, kimi_audio
 from paras2s_jax.convert.rules import export_params, write_checkpoint
 from paras2s_jax.data.tiktoken_vocabulary import SPECIAL_OFFSETS
 from paras2s_jax.models.kimi_audio import KimiAudio, KimiAudioConfig
 
-GOLDENS = Path(__file__).parents[1] / "goldens"
+ROOT = Path(__file__).resolve().parents[2]
+GOLDENS = ROOT / "tests" / "goldens"
 # 256 bytes and four pairs of them, a block of 40 special tokens, 32 codes of speech.
 NUM_RANKS, NUM_SPECIAL, NUM_CODES = 260, 40, 32
 OFFSET = NUM_RANKS + NUM_SPECIAL
@@ -36,6 +39,14 @@ def release(tmp_path_factory) -> Path:
     write_speech_tokenizer(folder / "glm-4-voice-tokenizer")
     write_detokenizer(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def converted(release, tmp_path_factory) -> Path:
+    """The release as `paras2s convert` leaves it."""
+    target = tmp_path_factory.mktemp("converted") / release.name
+    folders.convert(str(release), str(target))
+    return target
 
 
 def write_language_model(folder: Path) -> None:
@@ -153,3 +164,93 @@ def write_detokenizer(folder: Path) -> None:
 def broken_release(release, tmp_path):
     """A copy that a test may spoil."""
     return Path(shutil.copytree(release, tmp_path / release.name))
+
+
+CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+AUDIO_TOKENS = ["<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"]
+# As the release's, for one system and one user turn with text and audio in it.
+CHAT = """\
+{%- for turn in messages -%}
+{{ "<|im_start|>" + turn.role + "\\n" }}
+{%- for part in turn.content -%}
+{%- if part.type == "audio" -%}
+{{ "<|audio_bos|><|AUDIO|><|audio_eos|>" }}
+{%- else -%}
+{{ part.text }}
+{%- endif -%}
+{%- endfor -%}
+{{ "<|im_end|>\\n" }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{ "<|im_start|>assistant\\n" }}
+{%- endif -%}
+"""
+
+
+@pytest.fixture(scope="session")
+def omni(tmp_path_factory) -> Path:
+    """A thinker of Qwen2.5-Omni of random weights, with tokenizer and template as released."""
+    folder = tmp_path_factory.mktemp("omni") / "Qwen2.5-Omni-Tiny"
+    slot = write_chat(folder)
+    rope = {"rope_type": "default", "rope_theta": 700.0, "mrope_section": [1, 2, 1]}
+    config = transformers.models.qwen2_5_omni.Qwen2_5OmniThinkerConfig(
+        audio_config={
+            "d_model": 24,
+            "encoder_layers": 2,
+            "encoder_attention_heads": 3,
+            "encoder_ffn_dim": 40,
+            "num_mel_bins": 16,
+            "n_window": 20,
+            "output_dim": 32,
+        },
+        text_config={
+            "vocab_size": slot + 10,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "rope_parameters": rope,
+        },
+        vision_config={
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 12,
+            "num_heads": 2,
+            "out_hidden_size": 32,
+            "fullatt_block_indexes": [0],
+        },
+        audio_token_index=slot,
+    )
+    torch.manual_seed(0)
+    model = transformers.Qwen2_5OmniThinkerForConditionalGeneration(config)
+    model.save_pretrained(folder)
+    return folder
+
+
+def write_chat(folder: Path) -> int:
+    """Byte-level tokenizer, feature extractor and template. Returns: the audio token's id."""
+    folder.mkdir(parents=True)
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    model = tokenizers.models.BPE({mark: i for i, mark in enumerate(alphabet)}, [])
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<|endoftext|>", eos_token="<|im_end|>"
+    )
+    fast.add_special_tokens({"additional_special_tokens": CONTROL + AUDIO_TOKENS})
+    fast.save_pretrained(folder)
+    transformers.WhisperFeatureExtractor(feature_size=16).save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(CHAT)
+    return fast.convert_tokens_to_ids("<|AUDIO|>")
+
+
+@pytest.fixture(scope="session")
+def load_config():
+    """`load_config(name, arg)`: a config of the repository."""
+
+    def load(name: str, arg: str | None = None):
+        return runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"](arg)
+
+    return load

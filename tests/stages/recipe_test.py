@@ -1,6 +1,3 @@
-import importlib.util
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
@@ -10,19 +7,12 @@ from paras2s_jax.audio import styles, synth, wave
 from paras2s_jax.data.tokenizer import normalize
 from paras2s_jax.judge.classifier import WaveClassifier
 from paras2s_jax.judge.transcribe import WhisperTranscriber
-from paras2s_jax.stages import policy, speech
-from paras2s_jax.stages.recipe import ALIGN, STAGES
+from paras2s_jax.stages import assembly, policy, speech
+from paras2s_jax.stages.recipe import ALIGN, stages_of
+from paras2s_jax.stages.registry import StageError
 from paras2s_jax.train.checkpoint import load_part
 
-ROOT = Path(__file__).resolve().parents[2]
 PARTS = speech.PACKAGED / "tiny"
-
-
-def _config(arg=None):
-    spec = importlib.util.spec_from_file_location("tiny", ROOT / "configs" / "tiny.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(arg)
 
 
 def _speak(text, delivery):
@@ -30,22 +20,61 @@ def _speak(text, delivery):
     return wave.resample(maker.speak(text, delivery), maker.rate_hz, wave.RATE_HZ)
 
 
-def test_every_stage_needs_stages_and_config_sections_that_exist():
-    config = _config()
-    for stage in STAGES.values():
-        assert set(stage.needs) <= set(STAGES), stage.name
+@pytest.mark.parametrize("name", ["tiny", "kimi_audio_7b"])
+def test_every_stage_needs_stages_and_config_sections_that_exist(load_config, name):
+    config = load_config(name)
+    stages = stages_of(config)
+    needed, todo = set(), ["align"]
+    while todo:
+        needed.add(stage := stages[todo.pop()])
+        todo += stage.needs
+    for stage in needed:
         assert set(stage.sections) <= set(config), stage.name
 
 
-def test_the_loop_names_each_stage_after_what_it_needs():
-    for place, name in enumerate(ALIGN):
-        assert set(STAGES[name].needs) <= set(ALIGN[:place]), name
+@pytest.mark.parametrize("name", ["tiny", "kimi_audio_7b"])
+def test_the_loop_names_each_stage_after_what_it_needs(load_config, name):
+    stages = stages_of(load_config(name))
+    loop = stages["align"].needs
+    for place, stage in enumerate(loop):
+        assert set(stages[stage].needs) <= set(loop[:place]), stage
 
 
-def test_the_config_refuses_an_argument_it_does_not_know():
-    assert _config("from_scratch").pretrain.source == "train"
+def test_what_the_small_loop_needs(load_config):
+    config = load_config("tiny")
+    stages = stages_of(config)
+    assert stages["align"].needs == ALIGN
+    assert stages["sft"].needs == stages["sft_5x"].needs == ("base",)
+    assert set(stages["distill"].needs) == {"sft", "analyzers", "pretrain"}
+    config.distill.verdicts = "verdicts.jsonl"
+    assert "analyzers" not in stages_of(config)["distill"].needs
+    config.data.folder = "mine"
+    assert stages_of(config)["sft"].needs == ("base",)
+
+
+def test_a_released_policy_on_a_users_data_needs_nothing_that_is_packaged(load_config):
+    config = load_config("kimi_audio_7b")
+    stages = stages_of(config)
+    assert stages["sft"].needs == ()
+    assert stages["distill"].needs == ("sft",)
+    assert stages["grpo"].needs == ("distill",)
+    assert stages["bench"].needs == ("sft", "grpo", "analyzers")
+    assert not {"base", "sft_5x"} & set(stages["align"].needs)
+    config.data.folder = ""
+    assert stages_of(config)["sft"].needs == ("synthesize",)
+    config.grpo.audit_every = 10
+    assert stages_of(config)["grpo"].needs == ("distill", "pretrain")
+
+
+def test_the_base_of_a_released_policy_is_not_trained(load_config, tmp_path):
+    with pytest.raises(StageError, match="start with the stage sft"):
+        policy.run_base(load_config("kimi_audio_7b"), tmp_path)
+
+
+def test_the_config_refuses_an_argument_it_does_not_know(load_config):
+    assert load_config("tiny", "from_scratch").pretrain.source == "train"
     with pytest.raises(ValueError, match="nope"):
-        _config("nope")
+        load_config("tiny", "nope")
 
 
 def test_the_shipped_parts_are_small_and_complete():
@@ -69,9 +98,8 @@ def test_the_shipped_recogniser_and_tone_namer_hear_what_is_said_and_how():
     assert np.mean(hits) > 0.9
 
 
-def test_the_shipped_base_policy_answers_speech_with_speech(tmp_path):
-    config = _config()
-    made = policy.assemble(config, tmp_path)
+def test_the_shipped_base_policy_answers_speech_with_speech(load_config, tmp_path):
+    made = assembly.assemble(load_config("tiny"), tmp_path)
     variables, _ = load_part(PARTS / speech.BASE_FILE, "float32")
     delivery = styles.delivery("f3", "neutral", np.random.default_rng(0))
     query = _speak("How does a rocket fly so high?", delivery)

@@ -222,22 +222,23 @@ def test_lazy_calls_the_function_it_names():
 
 
 def test_the_real_stages_fit_together_and_the_tiny_config():
-    from paras2s_jax.stages.recipe import STAGES
+    from paras2s_jax.stages.recipe import stages_of
 
     config = cli.load_config(str(ROOT / "configs" / "tiny.py"))
-    runner = Runner(STAGES, config, "nowhere")
-    order = list(STAGES)
-    for name, stage in STAGES.items():
+    stages = stages_of(config)
+    runner = Runner(stages, config, "nowhere")
+    order = list(stages)
+    for name, stage in stages.items():
         assert stage.name == name and stage.help
         assert callable(stage.run.load() if isinstance(stage.run, Lazy) else stage.run)
-        assert set(stage.needs) <= set(STAGES)
+        assert set(stage.needs) <= set(stages)
         if name != "align":  # the whole loop comes first in --help
             assert all(order.index(needed) < order.index(name) for needed in stage.needs)
         assert runner._relevant(stage)
     # A section that no stage names could change unnoticed under finished results. Where arrays
     # live changes none, and a run may go on on other devices.
-    placement = {"mesh", "decode_mesh", "rules", "decode_rules"}
-    sections = {key for stage in STAGES.values() for key in stage.sections}
+    placement = {"topology", "mesh", "decode_mesh", "rules", "decode_rules"}
+    sections = {key for stage in stages.values() for key in stage.sections}
     assert sections == set(config.keys()) - placement
 
 

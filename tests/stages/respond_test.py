@@ -26,13 +26,6 @@ SHORT = ("--max_steps=14", "--dtype=float32", "--batch_size=2")
 
 
 @pytest.fixture(scope="module")
-def converted(release, tmp_path_factory) -> Path:
-    target = tmp_path_factory.mktemp("converted") / release.name
-    assert call("convert", f"--from={release}", f"--to={target}") == 0
-    return target
-
-
-@pytest.fixture(scope="module")
 def wavs(tmp_path_factory) -> Path:
     """A second of speech-like noise at 16 kHz, one at 8 kHz, and one at 48 kHz in stereo."""
     folder = tmp_path_factory.mktemp("wavs")
