@@ -4,6 +4,8 @@ Each prompt is run once; the G answers of its group read its keys as a shared pr
 Rules of the loop: the released generate loop (MoonshotAI/Kimi-Audio 2607d51, kimia.py).
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -11,6 +13,7 @@ from flax import struct
 from paras2s_jax.models.kimi_audio import KimiAudio, KimiAudioConfig, init_cache
 from paras2s_jax.models.kimi_layout import Prompt, shifted_inputs
 from paras2s_jax.models.sampling import Sampling, chosen_logp, draw
+from paras2s_jax.models.unrolled import decoding_form, unroll_kv
 
 
 class Rollout(struct.PyTreeNode):
@@ -34,15 +37,29 @@ class Rollout(struct.PyTreeNode):
 
 
 class _Loop(struct.PyTreeNode):
-    """Carry of the decode loop; B = P * G. tokens: the next input of both streams."""
+    """Carry of the decode loop over b of all B = P * G rows, some answers of each prompt.
+
+    row: their numbers, None for all. trace: what Rollout is made of.
+    """
 
     step: jax.Array  # int32[]
-    text_in: jax.Array  # int32[B]
-    audio_in: jax.Array  # int32[B]
-    text_done: jax.Array  # bool[B]
-    done: jax.Array  # bool[B]
+    row: jax.Array | None  # int32[b]
+    start: jax.Array  # int32[b], position of the first step
+    text_in: jax.Array  # int32[b], the next input
+    audio_in: jax.Array  # int32[b]
+    text_done: jax.Array  # bool[b]
     cache: dict
-    trace: dict  # of [R, B], what Rollout is made of
+    done: jax.Array  # bool[B]
+    trace: dict  # of [R, B]
+
+    def of_rows(self, x: jax.Array) -> jax.Array:
+        """The loop's rows of an array [..., B]."""
+        return x if self.row is None else x[..., self.row]
+
+    def set_rows(self, x: jax.Array, new: jax.Array, *index) -> jax.Array:
+        """x: [..., B] with new: [b] in the loop's rows, at index."""
+        at = index if self.row is None else (*index, self.row)
+        return x.at[at].set(new) if at else new
 
 
 def generate(
@@ -56,24 +73,31 @@ def generate(
     text: Sampling,
     audio: Sampling,
     output_type: str = "both",
+    halvings: int = 0,
 ) -> Rollout:
     """Samples `group_size` answers per prompt; pure, to be jitted by the caller.
 
-    variables: {"params": …} and {"lora": …} if the model has adapters. output_type "both"
-    stops a row at an audio end token past the delay; "text" at text_eos, without audio.
+    variables: {"params": …} and {"lora": …} if the model has adapters; either as they are or in
+    decoding_form. output_type "both" stops a row at an audio end token past the delay; "text" at
+    text_eos, without audio. Steps end when all answers have. halvings: as soon as at most half of
+    every prompt's answers go on, so do the steps with half of the rows; so often. It changes no
+    answer, pays where a step's time grows with its rows, and each compiles the step once more.
     """
     if output_type not in ("both", "text"):
         raise ValueError(f'generate: output_type is "both" or "text", not {output_type!r}')
+    if group_size % 2**halvings:
+        raise ValueError(f"generate: {group_size} answers cannot be halved {halvings} times")
     prefix = prefill(model, variables, prompt)
-    rows = prompt.mask.shape[0] * group_size
-    start = jnp.repeat(prompt.length, group_size)
+    if not model.unrolled:
+        model, variables = decoding_form(model, variables)
+        prefix = unroll_kv(prefix) if model.unrolled else prefix
 
     def body(loop: _Loop) -> _Loop:
         (audio_hidden, text_hidden), out = model.apply(
             variables,
             loop.audio_in[:, None],
             loop.text_in[:, None],
-            positions=(start + loop.step)[:, None],
+            positions=(loop.start + loop.step)[:, None],
             cache=loop.cache,
             cache_index=loop.step,
             prefix=prefix,
@@ -89,11 +113,41 @@ def generate(
         samplings = {"text": text, "audio": audio}
         return _advance(model.config, loop, logits, out["cache"], step_rng, samplings, output_type)
 
-    def goes_on(loop: _Loop):
-        return (loop.step < max_steps) & ~jnp.all(loop.done)
+    def goes_on(loop: _Loop, most_done: int):
+        done = loop.of_rows(loop.done).reshape(prompt.mask.shape[0], -1)
+        num_done = jnp.sum(done, axis=1)
+        return (loop.step < max_steps) & jnp.any(num_done < most_done)
 
-    first = _first(model.config, rows, max_steps, model.dtype)
-    return _rollout(jax.lax.while_loop(goes_on, body, first), group_size)
+    loop = _first(model, prompt, group_size, max_steps)
+    for size in (group_size >> n for n in range(halvings + 1)):
+        loop = loop if size == group_size else _halved(loop, prompt.mask.shape[0])
+        is_last = size == group_size >> halvings
+        most_done = size if is_last else size // 2
+        loop = jax.lax.while_loop(functools.partial(goes_on, most_done=most_done), body, loop)
+    return _rollout(loop, group_size)
+
+
+def _halved(loop: _Loop, num_prompts: int) -> _Loop:
+    """Goes on with half as many answers of each prompt: all that are live, filled up with others.
+
+    Rows stay with their prompts, so that keys stay shared, and on the devices that hold them.
+    """
+    done = loop.of_rows(loop.done).reshape(num_prompts, -1)
+    kept = jnp.argsort(done, axis=1, stable=True)[:, : done.shape[1] // 2]
+
+    def keep(x, axis=0):
+        lead, rest = x.shape[:axis], x.shape[axis + 1 :]
+        index = jnp.expand_dims(kept, [*range(axis), *range(axis + 2, x.ndim + 1)])
+        taken = jnp.take_along_axis(x.reshape(*lead, *done.shape, *rest), index, axis=axis + 1)
+        return taken.reshape(*lead, -1, *rest)
+
+    return loop.replace(
+        row=keep(jnp.arange(done.size) if loop.row is None else loop.row),
+        **{name: keep(getattr(loop, name)) for name in ("start", "text_in", "audio_in")},
+        text_done=keep(loop.text_done),
+        # Stacked or by layers, rows are the fourth axis from the end.
+        cache=jax.tree.map(lambda x: keep(x, x.ndim - 4), loop.cache),
+    )
 
 
 def prefill(model: KimiAudio, variables: dict, prompt: Prompt) -> dict:
@@ -111,7 +165,8 @@ def prefill(model: KimiAudio, variables: dict, prompt: Prompt) -> dict:
     return out["kv"]
 
 
-def _first(config: KimiAudioConfig, rows: int, max_steps: int, dtype) -> _Loop:
+def _first(model: KimiAudio, prompt: Prompt, group_size: int, max_steps: int) -> _Loop:
+    config, rows = model.config, prompt.mask.shape[0] * group_size
     ids, shape = config.special, (max_steps, rows)
     blank = jnp.full(shape, ids.kimia_text_blank, jnp.int32)
     trace = {"text_ids": blank, "audio_ids": blank}
@@ -121,39 +176,43 @@ def _first(config: KimiAudioConfig, rows: int, max_steps: int, dtype) -> _Loop:
     trace["mask"] = jnp.zeros(shape, bool)
     return _Loop(
         step=jnp.int32(0),
+        row=None,
+        start=jnp.repeat(prompt.length, group_size),
         text_in=jnp.full(rows, ids.kimia_text_blank, jnp.int32),
         audio_in=jnp.full(rows, ids.kimia_assistant_msg_start, jnp.int32),
         text_done=jnp.zeros(rows, bool),
+        cache=init_cache(config, rows, max_steps, model.dtype, model.unrolled),
         done=jnp.zeros(rows, bool),
-        cache=init_cache(config, rows, max_steps, dtype),
         trace=trace,
     )
 
 
 def _advance(config, loop: _Loop, logits, cache, rng, samplings, output_type) -> _Loop:
-    """Draws both streams from logits {stream: float32[B, V]} and applies the loop's rules."""
+    """Draws both streams from logits {stream: float32[b, V]} and applies the loop's rules."""
     draws = {}
     for stream, key in zip(("text", "audio"), jax.random.split(rng), strict=True):
-        history = loop.trace[f"{stream}_ids"]
-        draws[stream] = draw(key, logits[stream], history, loop.step, samplings[stream])
+        history = loop.of_rows(loop.trace[f"{stream}_ids"])
+        among = None if loop.row is None else (loop.row, loop.done.size)
+        draws[stream] = draw(key, logits[stream], history, loop.step, samplings[stream], among)
     now = _apply_rules(config, loop, draws["text"], draws["audio"], output_type)
     for stream, sampling in samplings.items():
         logp = chosen_logp(logits[stream], now[f"{stream}_ids"], sampling.logp_temperature)
         now[f"{stream}_logp"] = jnp.where(now[f"{stream}_mask"], logp, 0.0)
-    return _Loop(
+    return loop.replace(
         step=loop.step + 1,
         text_in=now["text_ids"],
         audio_in=now["audio_ids"],
         text_done=loop.text_done | (now["text_ids"] == config.special.kimia_text_eos),
-        done=now["done"],
         cache=cache,
-        trace={key: loop.trace[key].at[loop.step].set(now[key]) for key in loop.trace},
+        done=loop.set_rows(loop.done, now["done"]),
+        trace={key: loop.set_rows(x, now[key], loop.step) for key, x in loop.trace.items()},
     )
 
 
 def _apply_rules(config: KimiAudioConfig, loop: _Loop, text_draw, audio_draw, output_type) -> dict:
     """What is fed back at this step, where the draws stand, and which rows are done."""
-    ids, live = config.special, ~loop.done
+    ids, done = config.special, loop.of_rows(loop.done)
+    live = ~done
     text_mask = live & ~loop.text_done
     speaks = (loop.step >= config.delay) & (output_type == "both")
     audio_mask = live & speaks
@@ -169,7 +228,7 @@ def _apply_rules(config: KimiAudioConfig, loop: _Loop, text_draw, audio_draw, ou
         "text_mask": text_mask,
         "audio_mask": audio_mask,
         "mask": live,
-        "done": loop.done | (live & ends),
+        "done": done | (live & ends),
     }
 
 

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from paras2s_jax.models.attention import target
 from paras2s_jax.models.kv_cache import with_room
-from paras2s_jax.models.qwen2 import Qwen2LM, last_real, unroll_variables
+from paras2s_jax.models.qwen2 import Qwen2LM, last_real
 from paras2s_jax.models.sampling import Sampling, chosen_logp, draw
+from paras2s_jax.models.unrolled import decoding_form, unroll_kv
 
 GREEDY = Sampling(temperature=0.0)
 
@@ -78,17 +78,6 @@ def generate(
     return _generate(model, variables, prompt, rng, max_new_tokens, group_size, ends, sampling)
 
 
-def decoding_form(model: Qwen2LM, variables: dict) -> tuple[Qwen2LM, dict]:
-    """Model and variables as `generate` steps through them fastest on the present platform.
-
-    It brings them there itself, at the cost of a copy of the weights in each call; do it
-    beforehand where the same weights generate often. One CPU device: see Qwen2Stack.unrolled.
-    """
-    if target() != ("cpu", 1) or model.unrolled:
-        return model, variables
-    return model.clone(unrolled=True), jax.jit(unroll_variables)(variables)
-
-
 @functools.partial(jax.jit, static_argnums=(0, 4, 5, 6, 7))
 def _generate(
     model, variables, prompt, rng, max_new_tokens, group_size, ends, sampling
@@ -97,7 +86,9 @@ def _generate(
     hidden, kv = _prefill(model, variables, prompt)
     hidden = jnp.repeat(hidden, group_size, axis=0)
     rows = hidden.shape[0]
-    model, variables, kv = _for_steps(model, variables, kv)
+    if not model.unrolled:
+        model, variables = decoding_form(model, variables)
+        kv = unroll_kv(kv) if model.unrolled else kv
     cache, first, seen = _memory(model, kv, prompt["attention_mask"], max_new_tokens, group_size)
 
     def choose(state: Generated, step, hidden) -> Generated:
@@ -131,15 +122,6 @@ def _generate(
         tokens=state.tokens.T,
         mean_logp=state.mean_logp / jnp.maximum(state.lens + state.finished, 1),
     )
-
-
-def _for_steps(model: Qwen2LM, variables: dict, kv: dict):
-    """decoding_form, and the prompt's keys and values as that form wants them."""
-    was_unrolled = model.unrolled
-    model, variables = decoding_form(model, variables)
-    if model.unrolled and not was_unrolled:
-        kv = {name: tuple(stacked) for name, stacked in kv.items()}
-    return model, variables, kv
 
 
 def _memory(model: Qwen2LM, kv: dict, mask: jax.Array, steps: int, group_size: int):

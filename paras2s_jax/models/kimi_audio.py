@@ -28,6 +28,7 @@ from paras2s_jax.models.layers import Dense, LayerNorm, RMSNorm, make_embed
 from paras2s_jax.models.lora import NO_LORA, LoRA
 from paras2s_jax.models.placement import constrain
 from paras2s_jax.models.qwen2 import Qwen2Stack
+from paras2s_jax.models.unrolled import unroll_kv
 
 __all__ = [
     "STACKS",
@@ -46,12 +47,15 @@ __all__ = [
 ]
 
 
-def init_cache(config: KimiAudioConfig, rows: int, size: int, dtype=jnp.float32) -> dict:
+def init_cache(
+    config: KimiAudioConfig, rows: int, size: int, dtype=jnp.float32, unrolled: bool = False
+) -> dict:
     """Empty KV caches of the three stacks: {stack: {"k", "v"}} of [layers, B, K, size, H]."""
-    return {
+    caches = {
         name: make_cache(config.decoder, layers, rows, size, dtype)
         for name, layers in config.stack_sizes.items()
     }
+    return unroll_kv(caches) if unrolled else caches
 
 
 class Adaptor(nn.Module):
@@ -61,20 +65,23 @@ class Adaptor(nn.Module):
     eps: float
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
+    out_first: bool = False
 
     @nn.compact
     def __call__(self, features: jax.Array) -> jax.Array:
         """features: float[..., Fin]. Returns: float[..., D]."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        x = Dense(self.width, kernel_axes=(axes.FEATURES, axes.EMBED), name="fc1", **types)(
-            features
-        )
-        x = Dense(self.width, kernel_axes=(None, axes.EMBED), name="fc2", **types)(nn.silu(x))
+        form = types | {"out_first": self.out_first}
+        x = Dense(self.width, kernel_axes=(axes.FEATURES, axes.EMBED), name="fc1", **form)(features)
+        x = Dense(self.width, kernel_axes=(None, axes.EMBED), name="fc2", **form)(nn.silu(x))
         return LayerNorm(self.eps, name="norm", **types)(x)
 
 
 class KimiAudio(nn.Module):
-    """The two-stream policy. Fields dtype and param_dtype: compute and storage types."""
+    """The two-stream policy. Fields dtype and param_dtype: compute and storage types.
+
+    unrolled: see Qwen2Stack.
+    """
 
     config: KimiAudioConfig
     lora: LoRA = NO_LORA
@@ -82,14 +89,15 @@ class KimiAudio(nn.Module):
     param_dtype: jnp.dtype = jnp.float32
     scan_unroll: int = 1
     remat: str = "none"
+    unrolled: bool = False
 
     def setup(self):
         c, types = self.config, (self.dtype, self.param_dtype)
         self.embed_tokens = make_embed(c.vocab_size, c.hidden_size, *types)
-        self.adaptor = Adaptor(c.hidden_size, c.rms_norm_eps, *types)
+        self.adaptor = Adaptor(c.hidden_size, c.rms_norm_eps, *types, self.unrolled)
+        loop = (self.scan_unroll, self.remat, self.unrolled)
         for name, layers in c.stack_sizes.items():
-            stack = Qwen2Stack(c.decoder, layers, self.lora, *types, self.scan_unroll, self.remat)
-            setattr(self, name, stack)
+            setattr(self, name, Qwen2Stack(c.decoder, layers, self.lora, *types, *loop))
         for stream in ("text", "audio"):
             setattr(self, f"{stream}_norm", RMSNorm(c.rms_norm_eps, *types))
             head = Dense(
@@ -99,6 +107,7 @@ class KimiAudio(nn.Module):
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
                 out_dtype=jnp.float32,
+                out_first=self.unrolled,
             )
             setattr(self, f"{stream}_head", head)
 

@@ -5,8 +5,6 @@ G answers to one prompt (read only), and those of the row's own sequence: the ca
 cache with them.
 """
 
-from collections.abc import Mapping
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -25,6 +23,7 @@ from paras2s_jax.models.layers import (
 from paras2s_jax.models.lora import NO_LORA, LoRA
 from paras2s_jax.models.placement import constrain
 from paras2s_jax.models.qwen2_config import Qwen2Config
+from paras2s_jax.models.unrolled import unroll_kv
 
 REMAT_POLICIES = {
     "full": None,
@@ -147,10 +146,8 @@ class Qwen2DecoderLayer(nn.Module):
 class Qwen2Stack(nn.Module):
     """`num_layers` decoder layers under one lax.scan; parameters have a leading layer axis.
 
-    unrolled: the layers one by one, each with parameters of its own (unroll_variables) and kernels
-    [out, in]. Compiles longer, but in a decoding loop on a CPU no step cuts its weights and keys
-    out of stacked arrays, which costs more than to multiply with them. Layer axes of caches,
-    prefixes and outputs are tuples then.
+    unrolled: the layers one by one, each with parameters of its own and kernels [out, in] (see
+    models/unrolled.py). Layer axes of caches, prefixes and outputs are tuples then.
     """
 
     config: Qwen2Config
@@ -207,21 +204,6 @@ def _one_by_one(layers, x, cache, prefix, view: View):
         emitted.append(out)
     cache, out = (jax.tree.map(lambda *leaves: leaves, *each) for each in (caches, emitted))
     return x, cache, out
-
-
-def unroll_variables(variables: Mapping) -> dict:
-    """Variables of a model with scanned layers -> of the same model with unrolled=True."""
-    made = {}
-    for key, value in variables.items():
-        if key == "layers":
-            for i in range(len(jax.tree.leaves(value)[0])):
-                layer = jax.tree.map(lambda x, i=i: x[i], value)
-                made[f"layers_{i}"] = unroll_variables(layer)
-        elif isinstance(value, Mapping):
-            made[key] = unroll_variables(value)
-        else:
-            made[key] = value.T if key == "kernel" else value
-    return made
 
 
 class Qwen2LM(nn.Module):
@@ -318,7 +300,7 @@ class Qwen2LM(nn.Module):
     def init_cache(self, rows: int, size: int) -> dict:
         """Empty cache for `size` tokens of `rows` rows."""
         cache = make_cache(self.config, self.config.num_hidden_layers, rows, size, self.dtype)
-        return {name: tuple(x) for name, x in cache.items()} if self.unrolled else cache
+        return unroll_kv(cache) if self.unrolled else cache
 
 
 def last_real(values: jax.Array, mask: jax.Array) -> jax.Array:

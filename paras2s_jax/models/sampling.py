@@ -32,16 +32,28 @@ class Sampling:
 
 
 def draw(
-    rng: jax.Array, logits: jax.Array, history: jax.Array, step: jax.Array, sampling: Sampling
+    rng: jax.Array,
+    logits: jax.Array,
+    history: jax.Array,
+    step: jax.Array,
+    sampling: Sampling,
+    among: tuple[jax.Array, int] | None = None,
 ) -> jax.Array:
     """One id per row. logits: float32[B, V]; history: int32[R, B], filled before `step`.
 
-    rng is not used by a greedy draw. Returns: int32[B].
+    rng is not used by a greedy draw. among: int32[B] and a number of rows, if these are some rows
+    of so many, and shall get what they would get among all. Returns: int32[B].
     """
     scores, ids = candidates(logits, history, step, sampling)
     if sampling.is_greedy:
         return ids[:, 0]
-    choice = jax.random.categorical(rng, scores)
+    if among is None:
+        choice = jax.random.categorical(rng, scores)
+    else:
+        # What categorical does, with the noise of all rows.
+        rows, total = among
+        noise = jax.random.gumbel(rng, (total, scores.shape[1]), scores.dtype)
+        choice = jnp.argmax(noise[rows] + scores, axis=-1)
     if ids is None:
         return choice.astype(jnp.int32)
     return jnp.take_along_axis(ids, choice[:, None], axis=1)[:, 0]

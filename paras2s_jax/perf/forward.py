@@ -17,8 +17,9 @@ from transformers.models.whisper import modeling_whisper
 from paras2s_jax.audio.mel import RATE_HZ, whisper_log_mel
 from paras2s_jax.convert import qwen2, whisper
 from paras2s_jax.convert.rules import import_params
-from paras2s_jax.models.generate import decoding_form, generate
+from paras2s_jax.models.generate import generate
 from paras2s_jax.models.qwen2 import Qwen2Config, Qwen2LM
+from paras2s_jax.models.unrolled import decoding_form
 from paras2s_jax.models.whisper import WhisperEncoder
 from paras2s_jax.models.whisper_layers import WhisperConfig
 from paras2s_jax.perf.race import Race, RaceError, check_equal, compilations, pin, race

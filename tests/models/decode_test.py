@@ -11,7 +11,7 @@ import pytest
 
 from paras2s_jax.convert import kimi_audio as table
 from paras2s_jax.convert.rules import Checkpoint, import_params
-from paras2s_jax.models import decode
+from paras2s_jax.models import decode, unrolled
 from paras2s_jax.models.decode import Rollout
 from paras2s_jax.models.kimi_audio import (
     KimiAudio,
@@ -133,6 +133,45 @@ def test_greedy_loop_equals_the_reference(io, variables, cases):
             (text[row, 0, : len_text[row, 0]], "returned_text"),
         ):
             np.testing.assert_array_equal(got, want[name], err_msg=f"{case}: {name}")
+
+
+def test_halved_batches_give_the_same_answers(variables, prompt, monkeypatch):
+    """With a penalty, for which the draws need their rows' history."""
+    loops = []
+    while_loop = jax.lax.while_loop
+
+    def counted(*args):
+        loops.append(args[2].text_in.shape)
+        return while_loop(*args)
+
+    monkeypatch.setattr(jax.lax, "while_loop", counted)
+    draws = Sampling(1.3, repetition_penalty=1.2, window=3)
+
+    def run(halvings):
+        settings = {"group_size": 4, "max_steps": 60, "text": draws, "audio": draws}
+        run = functools.partial(decode.generate, MODEL, halvings=halvings, **settings)
+        return jax.jit(run)(variables, prompt, jax.random.key(5))
+
+    want, got = run(0), run(2)
+    assert loops == [(12,), (12,), (6,), (3,)]
+    # Some steps are made in the last loop, with one answer per prompt.
+    steps = np.sort(want.steps, axis=1)
+    assert len(np.unique(steps)) > 4 and steps[:, 2].max() < steps[:, 3].max()
+    for name in ("text_ids", "audio_ids", "text_mask", "audio_mask", "steps", "finished"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(want, name), err_msg=name)
+    np.testing.assert_allclose(got.text_logp, want.text_logp, atol=1e-5)
+    with pytest.raises(ValueError, match="4 answers cannot be halved 3 times"):
+        run(3)
+
+
+def test_scanned_layers_draw_the_same(variables, prompt, rollout, monkeypatch):
+    # As on other platforms; jitted anew.
+    monkeypatch.setattr(unrolled, "target", lambda: ("tpu", 1))
+    run = functools.partial(decode.generate, MODEL, group_size=4, max_steps=STEPS)
+    run = functools.partial(run, text=DRAW, audio=DRAW)
+    got = jax.jit(run)(variables, prompt, jax.random.key(3))
+    np.testing.assert_array_equal(got.audio_ids, rollout.audio_ids)
+    np.testing.assert_array_equal(got.text_ids, rollout.text_ids)
 
 
 CASES = ("both_eod", "both_eod_in_delay", "both_max", "text_eos", "text_max", "pen")

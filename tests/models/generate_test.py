@@ -10,9 +10,10 @@ import transformers
 
 from paras2s_jax.convert import qwen2
 from paras2s_jax.convert.rules import Checkpoint, import_params
-from paras2s_jax.models import generate as generate_module
-from paras2s_jax.models.generate import decoding_form, generate
+from paras2s_jax.models import unrolled
+from paras2s_jax.models.generate import generate
 from paras2s_jax.models.sampling import Sampling
+from paras2s_jax.models.unrolled import decoding_form
 
 ROWS, PROMPT, STEPS, PAD = 3, 7, 64, 0
 torch.set_num_threads(1)  # Thousands of tiny operations: threads would only wait.
@@ -127,7 +128,7 @@ def test_scanned_layers_write_the_same(small, monkeypatch):
     settings = {"input_ids": IDS, "max_new_tokens": 6}
     want = generate(model, variables, **settings)
     # As on other platforms; another model, so that it is traced anew.
-    monkeypatch.setattr(generate_module, "target", lambda: ("tpu", 1))
+    monkeypatch.setattr(unrolled, "target", lambda: ("tpu", 1))
     got = generate(model.clone(scan_unroll=2), variables, **settings)
     np.testing.assert_array_equal(got.tokens, want.tokens)
 

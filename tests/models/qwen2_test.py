@@ -13,7 +13,8 @@ import transformers
 from paras2s_jax.convert import qwen2 as table
 from paras2s_jax.convert.rules import import_params
 from paras2s_jax.models.layers import RopeScaling
-from paras2s_jax.models.qwen2 import Qwen2Config, Qwen2LM, last_real, unroll_variables
+from paras2s_jax.models.qwen2 import Qwen2Config, Qwen2LM, last_real
+from paras2s_jax.models.unrolled import unroll_kv, unroll_variables
 
 # All sizes differ, so that a wrong transpose cannot fit.
 CONFIG = Qwen2Config(
@@ -142,8 +143,8 @@ def test_unrolled_layers_equal_the_scan(variables):
     own = unroll_variables(variables)
     shapes = nn.meta.unbox(jax.eval_shape(unrolled.init, jax.random.key(0), TOKENS))
     jax.tree.map(lambda x, y: np.testing.assert_equal(x.shape, y.shape), dict(shapes), own)
-    split = {name: tuple(x) for name, x in cache.items()}
-    got, out = _run(unrolled, own, tokens, prefix=prefix, cache=split, **inputs)
+    split = unroll_kv(cache)
+    got, out = _run(unrolled, own, tokens, prefix=unroll_kv(prefix), cache=split, **inputs)
     np.testing.assert_allclose(got, want, atol=1e-6)
     assert jax.tree.map(jnp.shape, split) == jax.tree.map(jnp.shape, out["cache"])
     for name, x in seen["cache"].items():
