@@ -3,10 +3,6 @@
 Every race uses random weights that both sides share, and compares the answers first.
 """
 
-import dataclasses
-from collections.abc import Callable, Iterable
-
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,34 +11,22 @@ import transformers
 from transformers.models.whisper import modeling_whisper
 
 from paras2s_jax.audio.mel import RATE_HZ, whisper_log_mel
-from paras2s_jax.convert import qwen2, whisper
-from paras2s_jax.convert.rules import import_params
-from paras2s_jax.models.generate import generate
-from paras2s_jax.models.qwen2 import Qwen2Config, Qwen2LM
-from paras2s_jax.models.unrolled import decoding_form
+from paras2s_jax.convert import whisper
 from paras2s_jax.models.whisper import WhisperEncoder
 from paras2s_jax.models.whisper_layers import WhisperConfig
-from paras2s_jax.perf.race import Race, RaceError, check_equal, compilations, pin, race
+from paras2s_jax.perf.decode import greedy
+from paras2s_jax.perf.race import (
+    Race,
+    RaceError,
+    check_equal,
+    pin,
+    race,
+    shared_variables,
+    with_lengths,
+)
 from paras2s_jax.stages.registry import Figures
 
 WHISPER_TINY = WhisperConfig(384, 4, 6, 1536)
-QWEN2_47M = Qwen2Config(16_384, 512, 1536, 10, 8, 2)
-
-
-def _shared(module, tensors: torch.nn.Module, rules, init: Callable[[], dict]) -> dict:
-    """The torch module's weights as variables of ours."""
-    shapes = nn.meta.unbox(jax.eval_shape(init))["params"]
-    state = {key: value.numpy() for key, value in tensors.state_dict().items()}
-    params = import_params(state, rules, shapes, name=type(module).__name__)
-    return {"params": jax.tree.map(jnp.asarray, params)}
-
-
-def _complete(result: Race, call: Callable, lengths: Iterable, extra: dict[str, float]) -> Race:
-    """Adds figures, and the programs compiled by calls with other lengths of the same shape."""
-    with compilations() as compiled:
-        for length in lengths:
-            jax.block_until_ready(call(length))
-    return dataclasses.replace(result, compiled=result.compiled + len(compiled), extra=extra)
 
 
 def whisper_encoder(config: WhisperConfig = WHISPER_TINY, rows: int = 1, repeats: int = 9) -> Race:
@@ -62,7 +46,7 @@ def whisper_encoder(config: WhisperConfig = WHISPER_TINY, rows: int = 1, repeats
     model = WhisperEncoder(config)
     mel = np.random.default_rng(0).normal(size=(rows, frames, config.num_mel_bins))
     mel = jnp.asarray(mel, jnp.float32)
-    variables = _shared(
+    variables = shared_variables(
         model,
         reference,
         whisper.encoder_rules(config, prefix=""),
@@ -84,58 +68,7 @@ def whisper_encoder(config: WhisperConfig = WHISPER_TINY, rows: int = 1, repeats
     jax.block_until_ready(encode(variables, mel, masks[0]))
     result = race("whisper_encoder", ours, theirs, repeats=repeats)
     extra = {"max_difference": difference}
-    return _complete(result, lambda mask: encode(variables, mel, mask), masks[1:], extra)
-
-
-def decode(
-    config: Qwen2Config = QWEN2_47M,
-    rows: int = 8,
-    prompt: int = 32,
-    steps: int = 128,
-    repeats: int = 5,
-) -> Race:
-    """Greedy tokens of a 47M Qwen2 after short prompts, against transformers' generate."""
-    torch.manual_seed(0)
-    settings = transformers.Qwen2Config(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    reference = transformers.Qwen2ForCausalLM(settings).eval()
-    model = Qwen2LM(config)
-    variables = _shared(
-        model, reference, qwen2.rules(config), lambda: qwen2.init(model, jax.random.key(0))
-    )
-    model, variables = decoding_form(model, variables)
-    ids = np.random.default_rng(0).integers(1, config.vocab_size, (rows, prompt)).astype(np.int32)
-    inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.ones(ids.shape)}
-
-    def answer(mask):
-        return generate(
-            model, variables, input_ids=ids, attention_mask=mask, max_new_tokens=steps
-        ).tokens
-
-    def ours():
-        return answer(np.ones(ids.shape, bool))
-
-    @torch.no_grad()
-    def theirs():
-        out = reference.generate(**inputs, do_sample=False, max_new_tokens=steps)
-        return out[:, prompt:].numpy()
-
-    check_equal("decode", ours(), theirs(), 0.0)
-    lengths = [np.arange(prompt) >= prompt - n for n in (prompt - 1, prompt // 2, 1)]
-    lengths = [np.tile(mask, (rows, 1)) for mask in lengths]
-    result = race("decode", ours, theirs, repeats=repeats)
-    extra = {"tokens_per_s": rows * steps / min(result.ours_s)}
-    return _complete(result, answer, lengths, extra)
+    return with_lengths(result, lambda mask: encode(variables, mel, mask), masks[1:], extra)
 
 
 def log_mel(n_mels: int = 80, rows: int = 8, seconds: int = 30, repeats: int = 9) -> Race:
@@ -164,10 +97,10 @@ def log_mel(n_mels: int = 80, rows: int = 8, seconds: int = 30, repeats: int = 9
     numpy_race = race("log_mel", ours, theirs_numpy, repeats=max(2, repeats // 3), warmup=1)
     rate = rows * seconds / min(result.ours_s)
     extra = {"numpy_ratio": numpy_race.ratio, "audio_s_per_s": rate, "max_difference": difference}
-    return _complete(result, lambda lens: mel(waves, lens), lens[1:], extra)
+    return with_lengths(result, lambda lens: mel(waves, lens), lens[1:], extra)
 
 
-RACES = {"whisper_encoder": whisper_encoder, "decode": decode, "log_mel": log_mel}
+RACES = {"whisper_encoder": whisper_encoder, "decode": greedy, "log_mel": log_mel}
 
 
 def run(races: str = ",".join(RACES), threads: int = 1) -> Figures:

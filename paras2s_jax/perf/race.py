@@ -1,14 +1,22 @@
-"""Speed of our code against a reference, in one process: equal threads, equal answers, in turns."""
+"""Speed of our code against a reference, in one process.
+
+Both have the same weights and threads, give the same answers, and are called in turns.
+"""
 
 import contextlib
+import dataclasses
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
+
+from paras2s_jax.convert.rules import Rule, import_params
 
 
 class RaceError(ValueError):
@@ -84,6 +92,24 @@ def race(
     load = (before, os.getloadavg()[0])
     timed = [tuple(times[warmup:]) for times in (*wall, *processor)]
     return Race(name, *timed, load, len(compiled))
+
+
+def with_lengths(result: Race, call: Callable, lengths: Iterable, extra: dict[str, float]) -> Race:
+    """Adds figures, and the programs compiled by calls with other lengths of the same shape."""
+    with compilations() as compiled:
+        for length in lengths:
+            jax.block_until_ready(call(length))
+    return dataclasses.replace(result, compiled=result.compiled + len(compiled), extra=extra)
+
+
+def shared_variables(
+    model: nn.Module, reference, rules: Sequence[Rule], init: Callable[[], dict], dtype=None
+) -> dict:
+    """The weights of a torch module as variables of ours, in `dtype` (default: model's own)."""
+    shapes = nn.meta.unbox(jax.eval_shape(init))["params"]
+    state = {key: value.float().cpu().numpy() for key, value in reference.state_dict().items()}
+    params = import_params(state, rules, shapes, dtype=dtype, name=type(model).__name__)
+    return {"params": jax.tree.map(jnp.asarray, params)}
 
 
 @contextlib.contextmanager

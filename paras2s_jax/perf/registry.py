@@ -25,6 +25,12 @@ MEASURES: dict[str, Command] = {
             Lazy("paras2s_jax.perf.convert", "run"),
         ),
         Command(
+            "decode",
+            "generation against transformers', prompts shared by a group, answers of all lengths",
+            (Flag("threads", "cores and threads of either side", 1, int), WORKDIR),
+            Lazy("paras2s_jax.perf.decode", "run"),
+        ),
+        Command(
             "forward",
             "speed of forward passes against torch: Whisper encoder, Qwen2 decoding, log-mel",
             (

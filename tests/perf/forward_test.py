@@ -11,7 +11,7 @@ SMALL = {
     "whisper_encoder": lambda: forward.whisper_encoder(
         WhisperConfig(12, 2, 3, 20, num_mel_bins=5, max_source_positions=24), rows=2, repeats=1
     ),
-    "decode": lambda: forward.decode(
+    "decode": lambda: forward.greedy(
         Qwen2Config(31, 16, 20, 2, 4, 2), rows=2, prompt=5, steps=4, repeats=1
     ),
     "log_mel": lambda: forward.log_mel(rows=2, seconds=1, repeats=1),
