@@ -267,6 +267,7 @@ def train(
     writer: MetricWriter | None = None,
     log_every: int = 10,
     label: str = "reward",
+    max_skipped: int = 5,
 ) -> dict[str, Any]:
     """Trains the variables that match `trainable` on scores; resumes where it stopped.
 
@@ -298,6 +299,7 @@ def train(
         log_every=log_every,
         progress_label=label,
         make_batch=place,
+        max_skipped=max_skipped,
     )
     return state.variables
 

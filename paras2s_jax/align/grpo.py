@@ -20,7 +20,7 @@ from paras2s_jax.data.tokenizer import TextTokenizer
 from paras2s_jax.models import decode
 from paras2s_jax.models.lora import NO_LORA
 from paras2s_jax.train.checkpoint import Checkpointer
-from paras2s_jax.train.loop import Source, fit
+from paras2s_jax.train.loop import Monitor, Source, fit
 from paras2s_jax.train.metrics import MetricWriter
 from paras2s_jax.train.sharding import ONE_DEVICE_LAYOUTS, Layouts, Program
 from paras2s_jax.train.state import TrainState, step_rng
@@ -77,6 +77,18 @@ class Audit:
     num_prompts: int = 4
 
 
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """Whether the reward model still agrees with the judge, on queries that it never saw.
+
+    gap: variables of the policy -> mean reward minus mean verdict of its answers; on every process
+    the same. every: steps between measurements.
+    """
+
+    gap: Callable[[Mapping[str, Any]], float]
+    every: int
+
+
 def make_loss(policy: SpeechPolicy, settings: Settings):
     """`loss_fn(variables, experience, rng) -> Sums`; sums over rows, so accumulation is exact."""
 
@@ -114,7 +126,8 @@ class GrpoUpdate:
     that a resumed run repeats an unbroken one. The state's params and opt_state are donated.
 
     One program per phase: hear, reshard, rollout and speak (align.phases), reward, reference and
-    update. They are dispatched one after the other, and nothing waits for the device but an audit.
+    update. They are dispatched one after the other, and nothing waits for the device but an audit
+    and a look at what is held out.
     """
 
     def __init__(
@@ -130,6 +143,7 @@ class GrpoUpdate:
         layouts: Layouts = ONE_DEVICE_LAYOUTS,
         rollout_dtype: Any = None,
         audit: Audit | None = None,
+        held_out: HeldOut | None = None,
     ):
         """Takes arrays where layouts.train wants them, or ShapeDtypeStructs for `calls` only.
 
@@ -139,7 +153,8 @@ class GrpoUpdate:
         """
         if policy.text.is_greedy or policy.audio.is_greedy:
             raise ValueError("GRPO explores by sampling: set both streams' temperature above 0.")
-        self._policy, self._settings, self._audit = policy, settings, audit
+        self._policy, self._settings = policy, settings
+        self._audit, self._held_out = audit, held_out
         self._reference, self._frontend = reference, frontend
         self._reward_variables = reward_variables
         self._layouts = layouts
@@ -222,6 +237,8 @@ class GrpoUpdate:
         if self._audit and step % self._audit.every == 0:
             spoken = self._excerpt(rollout.Spoken(sampled, answers))
             metrics = metrics | {"asr/wer": self._word_error_rate(spoken)}
+        if self._held_out and step % self._held_out.every == 0:
+            metrics = metrics | {"judge/gap": self._held_out.gap(state.variables)}
         del sampled, answers
         experience = rollout.Experience(prompt, streams, ref_logp, old_logp, advantages)
         next_step = state.step + 1
@@ -295,6 +312,7 @@ def train(
     rng: jax.Array,
     trainable: str = "",
     audit: Audit | None = None,
+    held_out: HeldOut | None = None,
     layouts: Layouts = ONE_DEVICE_LAYOUTS,
     rollout_dtype: Any = None,
     checkpointer: Checkpointer | None = None,
@@ -302,6 +320,8 @@ def train(
     writer: MetricWriter | None = None,
     log_every: int = 1,
     label: str = "grpo",
+    max_skipped: int = 5,
+    monitor: Monitor | None = None,
 ) -> dict[str, Any]:
     """Reinforces the variables that match `trainable`; resumes where it stopped.
 
@@ -332,6 +352,7 @@ def train(
         layouts=layouts,
         rollout_dtype=rollout_dtype,
         audit=audit,
+        held_out=held_out,
     )
 
     def place(batch):
@@ -349,5 +370,7 @@ def train(
         log_every=log_every,
         progress_label=label,
         make_batch=place,
+        max_skipped=max_skipped,
+        monitor=monitor,
     )
     return state.variables

@@ -20,6 +20,9 @@ RewardFn = Callable[[Any, jax.Array, jax.Array, Answers], jax.Array]
 
 # Root mean square of a full-scale sine is -3 dB; below this nothing is heard.
 SILENT_BELOW_DB = -60.0
+# An answer is clipped when more than this share of its samples is at full scale: peaks of speech
+# reach it now and then, a level that is too high all the time.
+FULL_SCALE, CLIPPED_SHARE = 0.999, 0.001
 
 
 class Experience(struct.PyTreeNode):
@@ -88,20 +91,23 @@ def logp_in_chunks(
 def answer_metrics(
     masks: Mapping[str, jax.Array], finished: jax.Array, answers: Answers
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """Sums and weights (answers) of lengths and of two alarms of reward hacking.
+    """Sums and weights (answers) of lengths and of what `align.health` watches in the sound.
 
     masks: {stream: bool[P, G, R]}. `len/text`, `len/audio`: tokens the policy chose;
     `answer/finished`: share that ended before the limit; `answer/level_db`: mean level re full
-    scale; `answer/silent`: share without sound.
+    scale; `answer/silent`, `answer/clipped`: share without sound, and with a sound cut off.
     """
     count = jnp.float32(finished.size)
     sums = {f"len/{stream}": mask.sum().astype(jnp.float32) for stream, mask in masks.items()}
     power = jnp.square(answers.waves).sum(axis=-1) / jnp.maximum(answers.lens, 1)
     level_db = 10.0 * jnp.log10(power + 1e-10)
+    at_full_scale = (jnp.abs(answers.waves) >= FULL_SCALE).sum(axis=-1)
+    clipped = at_full_scale > CLIPPED_SHARE * answers.lens
     sums |= {
         "answer/finished": finished.sum().astype(jnp.float32),
         "answer/level_db": level_db.sum(),
         "answer/silent": (level_db < SILENT_BELOW_DB).sum().astype(jnp.float32),
+        "answer/clipped": clipped.sum().astype(jnp.float32),
     }
     return {name: (total, count) for name, total in sums.items()}
 

@@ -107,6 +107,7 @@ def train(
     writer: MetricWriter | None = None,
     log_every: int = 10,
     label: str = "sft",
+    max_skipped: int = 5,
 ) -> dict[str, Any]:
     """Trains the variables that match `trainable` on demonstrations; resumes where it stopped.
 
@@ -131,6 +132,7 @@ def train(
         log_every=log_every,
         progress_label=label,
         make_batch=_make_batch(policy, frontend, layout),
+        max_skipped=max_skipped,
     )
     return state.variables
 

@@ -7,9 +7,38 @@ import pathlib
 import time
 import uuid
 from collections.abc import Mapping
+from typing import Any
 
 from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
+
+
+class RowFile:
+    """A jsonl whose rows name a step: a resumed run cuts it back to where it goes on."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = pathlib.Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = None
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        if self._file is None:
+            self._file = self.path.open("a", encoding="utf-8")
+        self._file.write(json.dumps(dict(row)) + "\n")
+        self._file.flush()
+
+    def truncate(self, step: int) -> None:
+        """Drops what was written after `step`, including a line that a crash cut short."""
+        self.close()
+        kept = [json.dumps(row) + "\n" for row in read_metrics(self.path) if row["step"] <= step]
+        partial = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}.tmp")
+        partial.write_text("".join(kept), encoding="utf-8")
+        os.replace(partial, self.path)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        self._file = None
 
 
 class MetricWriter:
@@ -22,21 +51,17 @@ class MetricWriter:
 
     def __init__(self, directory: str | os.PathLike):
         self.directory = pathlib.Path(directory)
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self.path = self.directory / "metrics.jsonl"
-        self._rows = None
+        self._rows = RowFile(self.directory / "metrics.jsonl")
+        self.path = self._rows.path
         self._events = None
 
     def write(
         self, step: int, values: Mapping[str, float], timings: Mapping[str, float] | None = None
     ) -> None:
         """Adds one row; `timings` reach TensorBoard only."""
-        if self._rows is None:
-            self._open()
         row = {name: float(value) for name, value in values.items()}
         line = {name: value if math.isfinite(value) else None for name, value in row.items()}
-        self._rows.write(json.dumps({"step": int(step)} | line) + "\n")
-        self._rows.flush()
+        self._rows.write({"step": int(step)} | line)
         scalars = [
             summary_pb2.Summary.Value(tag=name, simple_value=value)
             for name, value in (row | dict(timings or {})).items()
@@ -46,36 +71,30 @@ class MetricWriter:
     def truncate(self, step: int) -> None:
         """Drops what was written after `step`, including a line that a crash cut short."""
         self.close()
-        kept = [json.dumps(row) + "\n" for row in read_metrics(self.path) if row["step"] <= step]
-        partial = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}.tmp")
-        partial.write_text("".join(kept), encoding="utf-8")
-        os.replace(partial, self.path)
+        self._rows.truncate(step)
         # TensorBoard forgets events at and after the step of a session start.
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._open()
         self._event(step=step + 1, session_log=start)
 
     def close(self) -> None:
-        for file in (self._rows, self._events):
-            if file is not None:
-                file.close()
-        self._rows = self._events = None
-
-    def _open(self) -> None:
-        self._rows = self.path.open("a", encoding="utf-8")
-        # Viewers read event files in the order of their names.
-        name = f"events.out.tfevents.{time.time_ns():020d}.{os.getpid()}"
-        self._events = RecordWriter((self.directory / name).open("wb"))
-        self._event(file_version="brain.Event:2")
+        self._rows.close()
+        if self._events is not None:
+            self._events.close()
+        self._events = None
 
     def _event(self, **fields) -> None:
+        if self._events is None:
+            # Viewers read event files in the order of their names.
+            name = f"events.out.tfevents.{time.time_ns():020d}.{os.getpid()}"
+            self._events = RecordWriter((self.directory / name).open("wb"))
+            self._event(file_version="brain.Event:2")
         event = event_pb2.Event(wall_time=time.time(), **fields)
         self._events.write(event.SerializeToString())
         self._events.flush()
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict]:
-    """Rows of a metrics.jsonl, up to a last line that a crash cut short."""
+    """Rows of a metrics.jsonl, or another RowFile, up to a last line that a crash cut short."""
     path = pathlib.Path(path)
     if not path.is_file():
         return []

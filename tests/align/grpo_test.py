@@ -59,7 +59,12 @@ def _state(tiny, optimizer, variables=None):
 def sgd_update(tiny):
     """One compiled update for the tests that need no other settings; audits every second step."""
     audit = grpo.Audit(_mishear, tiny.tokenizer, every=2, num_prompts=3)
-    return _update(tiny, SGD, audit=audit)
+    return _update(tiny, SGD, audit=audit, held_out=grpo.HeldOut(_gap, every=2))
+
+
+def _gap(variables):
+    """Stands for a measurement with the policy of the moment."""
+    return float(sum(jnp.abs(leaf).sum() for leaf in jax.tree.leaves(variables)))
 
 
 def _mishear(waves):
@@ -155,7 +160,9 @@ def test_one_step_on_policy(tiny, queries, sgd_update):
     jax.tree.map(np.testing.assert_array_equal, before, tiny.variables)
     # Step 0 is audited, step 1 is not; no word of these answers is heard right.
     assert metrics["asr/wer"] >= 1.0
-    assert "asr/wer" not in sgd_update(state, queries)[1]
+    assert metrics["judge/gap"] == pytest.approx(_gap(before))
+    later = sgd_update(state, queries)[1]
+    assert "asr/wer" not in later and "judge/gap" not in later
 
 
 def test_eight_devices_give_what_one_gives(tiny, queries, sgd_update, repeat, tmp_path):
