@@ -25,6 +25,16 @@ MEASURES: dict[str, Command] = {
             Lazy("paras2s_jax.perf.convert", "run"),
         ),
         Command(
+            "data",
+            "seconds of audio that one core reads, decodes and batches per second",
+            (
+                Flag("clips", "synthetic wav files, of 2 to 12.4 s", 256, int),
+                Flag("epochs", "timed passes over them", 5, int),
+                WORKDIR,
+            ),
+            Lazy("paras2s_jax.perf.data", "run"),
+        ),
+        Command(
             "decode",
             "generation against transformers', prompts shared by a group, answers of all lengths",
             (Flag("threads", "cores and threads of either side", 1, int), WORKDIR),
