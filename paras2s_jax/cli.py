@@ -51,6 +51,8 @@ measures of `paras2s perf`:
 {measures}
 """
 
+STOPPED = "paras2s: stopped by SIGTERM; what was done is saved, and the same command goes on."
+
 
 def _usage(stages: Mapping) -> str:
     width = max(map(len, [*stages, *COMMANDS, *perf.MEASURES]))
@@ -82,6 +84,7 @@ def _user_errors() -> tuple[type[Exception], ...]:
     from paras2s_jax.stages.registry import StageError
     from paras2s_jax.train.checkpoint import CheckpointError
     from paras2s_jax.train.distributed import DistributedError
+    from paras2s_jax.train.loop import TrainingError
 
     return (
         AudioError,
@@ -93,6 +96,7 @@ def _user_errors() -> tuple[type[Exception], ...]:
         ManifestError,
         RecordError,
         StageError,
+        TrainingError,
         VocabularyError,
         FileNotFoundError,
     )
@@ -266,24 +270,22 @@ def _run_stage(argv: list[str]) -> None:
     name = _stage_name(argv[1], STAGES)
     config, workdir, settings = parse([argv[0], *argv[2:]])
     # Behind the checks of flags, which need not wait for JAX.
-    from paras2s_jax.train import distributed
+    from paras2s_jax.train import distributed, preemption
 
-    distributed.start(distributed.Settings(**settings))
+    def describe(error: BaseException) -> tuple[str, int]:
+        if isinstance(error, preemption.Preempted):
+            return STOPPED, 0
+        if isinstance(error, _user_errors()):
+            return _sentence(error), 2
+        return traceback.format_exc(), 1
+
     try:
-        _keep_compiled(Path(workdir))
-        Runner(stages_of(config), config, workdir).run(name)
-    except distributed.Preempted as stopped:
+        with distributed.joined(distributed.Settings(**settings), describe), preemption.watch():
+            _keep_compiled(Path(workdir))
+            Runner(stages_of(config), config, workdir).run(name)
+    except preemption.Preempted:
         # What was done is saved: status 0, and the scheduler runs the same command again.
-        print(_sentence(stopped.message), file=sys.stderr)
-    except BaseException as error:
-        if distributed.count() > 1:
-            # The others must not wait for a process that has failed.
-            known = isinstance(error, _user_errors())
-            message = _sentence(error) if known else traceback.format_exc()
-            distributed.fail(message, 2 if known else 1)
-        raise
-    finally:
-        distributed.finish()
+        print(STOPPED, file=sys.stderr)
 
 
 def _run_measure(argv: list[str]) -> None:

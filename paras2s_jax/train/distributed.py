@@ -9,18 +9,16 @@ import dataclasses
 import json
 import os
 import re
-import signal
 import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import jax
-from jax.experimental import multihost_utils
 
-MODES = ("auto", "on", "off")
 # For how long process 0 may work while the others wait; its death ends them long before.
 ALONE_S = 24 * 3600
 _KEY = "paras2s"
@@ -32,14 +30,6 @@ _NO_CLUSTER = "should be defined"
 
 class DistributedError(RuntimeError):
     """Processes cannot find or no longer reach each other; the message names the missing ones."""
-
-
-class Preempted(SystemExit):
-    """Asked to stop by SIGTERM, everything is saved: the program ends with status 0."""
-
-    def __init__(self, message: str):
-        super().__init__(0)
-        self.message = message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,16 +70,12 @@ class Settings:
 class _Run:
     """What this process knows of its run.
 
-    turns: how often each name of `on_main` was used. stop_asked: SIGTERM came.
-    loops_underway: how many training loops will look at stop_asked by themselves. is_alone: the
-    other processes wait in `on_main`. watch: the thread that looks whether another process has
-    failed, until is_over.
+    turns: how often each name of `on_main` was used. is_alone: the other processes wait in
+    `on_main`. watch: the thread that looks whether another process has failed, until is_over.
     """
 
     settings: Settings = Settings()
     turns: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-    stop_asked: threading.Event = dataclasses.field(default_factory=threading.Event)
-    loops_underway: int = 0
     is_alone: bool = False
     is_over: threading.Event = dataclasses.field(default_factory=threading.Event)
     watch: threading.Thread | None = None
@@ -109,8 +95,25 @@ def start(settings: Settings, environ: Mapping[str, str] = os.environ) -> None:
         _client().key_value_set(f"{_KEY}/host/{jax.process_index()}", socket.gethostname())
         _run.watch = threading.Thread(target=_watch_for_failure, daemon=True)
         _run.watch.start()
-    else:
-        signal.signal(signal.SIGTERM, _on_sigterm)
+
+
+@contextlib.contextmanager
+def joined(
+    settings: Settings, describe: Callable[[BaseException], tuple[str, int]] | None = None
+) -> Iterator[None]:
+    """The part of a program that runs in step with the other processes: start to finish.
+
+    describe: what an error is for people, and the status with which all processes end; by default
+        its traceback, and 1. A lone process just raises it.
+    """
+    start(settings)
+    try:
+        yield
+    except BaseException as error:
+        if jax.distributed.is_initialized():
+            fail(*(describe(error) if describe else (traceback.format_exc(), 1)))
+        raise
+    finish()
 
 
 def _is_joined(settings: Settings, environ: Mapping[str, str]) -> bool:
@@ -119,6 +122,8 @@ def _is_joined(settings: Settings, environ: Mapping[str, str]) -> bool:
     lone = environ.get("SLURM_NTASKS") == "1" and not explicit
     if settings.mode == "off" or (settings.mode == "auto" and lone):
         return False
+    # It would take SIGTERM, which is train/preemption.py's.
+    jax.config.update("jax_enable_preemption_service", False)
     # Past its own limit JAX aborts the program with a page of C++.
     late = threading.Timer(settings.start_s, _end_late, [settings])
     late.daemon = True
@@ -249,35 +254,6 @@ def finish() -> None:
         jax.distributed.shutdown()
 
 
-@contextlib.contextmanager
-def stopping_between_steps() -> Iterator[None]:
-    """Inside, SIGTERM only makes `should_stop` true; outside, it ends a lone process at once."""
-    _run.loops_underway += 1
-    try:
-        yield
-    finally:
-        _run.loops_underway -= 1
-
-
-def should_stop(step: int) -> bool:
-    """Whether to save and stop now; call it after every step, on every process.
-
-    True at the same step everywhere, whichever process was sent SIGTERM: JAX agrees on a step that
-    none has passed.
-    """
-    if count() > 1:
-        return multihost_utils.reached_preemption_sync_point(step)
-    return _run.stop_asked.is_set()
-
-
-def _on_sigterm(signum: int, frame: object) -> None:
-    _run.stop_asked.set()
-    # Schedulers repeat it; the first is being obeyed.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if not _run.loops_underway:
-        raise Preempted("stopped by SIGTERM; the same command goes on.")
-
-
 def _client():
     """JAX's coordination client: barriers and small shared values have no public interface."""
     from jax._src import distributed
@@ -325,7 +301,10 @@ def _watch_for_failure() -> None:
             continue
         if notice["process"] == jax.process_index():
             return
-        failed = _named(notice["process"])
-        print(f"{failed} failed, so this one ends: {notice['message']}", file=sys.stderr)
-        sys.stderr.flush()
+        how = "failed" if notice["status"] else "was stopped"
+        print(
+            f"{_named(notice['process'])} {how}, so this one ends: {notice['message']}",
+            file=sys.stderr,
+            flush=True,
+        )
         os._exit(notice["status"])

@@ -131,7 +131,7 @@ class Layout:
         shardings = self.rows(tree, grouped=grouped)
         if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree)):
             return _with_shardings(tree, shardings)
-        return jax.device_put(tree, shardings)
+        return jax.tree.map(_move, tree, shardings)
 
     def _of_rows(self, shape: Sequence[int], grouped: bool) -> NamedSharding | None:
         if self.mesh is None:
@@ -299,6 +299,14 @@ class Program:
         if self._place is None:
             return result
         return _with_shardings(result, self._place(result))
+
+
+def _move(x: jax.Array, to: NamedSharding) -> jax.Array:
+    """An array where it is wanted; keys as the numbers they are, which alone go between hosts."""
+    if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jax.device_put(x, to)
+    moved = jax.device_put(jax.random.key_data(x), to)
+    return jax.random.wrap_key_data(moved, impl=jax.random.key_impl(x))
 
 
 def _with_shardings(tree: Any, shardings: Any) -> Any:

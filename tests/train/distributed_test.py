@@ -1,24 +1,16 @@
 """What one process can tell of its part; two real ones are in multihost_test.py."""
 
-import os
-import signal
-import threading
-
 import jax
 import pytest
 
 from paras2s_jax.train import distributed
-from paras2s_jax.train.distributed import DistributedError, Preempted, Settings
+from paras2s_jax.train.distributed import DistributedError, Settings
 
 
 @pytest.fixture(autouse=True)
 def run(monkeypatch):
-    """A run of its own for every test, and the old SIGTERM after it."""
-    fresh = distributed._Run()
-    monkeypatch.setattr(distributed, "_run", fresh)
-    old = signal.getsignal(signal.SIGTERM)
-    yield fresh
-    signal.signal(signal.SIGTERM, old)
+    """A run of its own for every test."""
+    monkeypatch.setattr(distributed, "_run", distributed._Run())
 
 
 @pytest.fixture
@@ -82,20 +74,6 @@ def test_a_lone_process_waits_for_nobody():
     distributed.barrier("alone", 0.0)
     assert distributed.on_main("work", lambda: {"x": 1}) == {"x": 1}
     distributed.finish()
-
-
-def test_sigterm_ends_a_lone_process_at_once_or_at_its_next_step(run):
-    distributed.start(Settings("off"))
-    assert not distributed.should_stop(1)
-    with pytest.raises(Preempted) as stopped:
-        os.kill(os.getpid(), signal.SIGTERM)
-    assert stopped.value.code == 0
-    os.kill(os.getpid(), signal.SIGTERM)  # Repeated, it changes nothing.
-    run.stop_asked = threading.Event()
-    distributed.start(Settings("off"))
-    with distributed.stopping_between_steps():
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert distributed.should_stop(2)
 
 
 def test_missing_processes_are_read_from_the_service(monkeypatch):
