@@ -8,7 +8,8 @@
 #   create   requests the slice as a queued resource and waits for it
 #              --topology=v5e-8x8|v5e-16x16|v5p-4x4x4|v6e-8x8  [--spot]
 #   install  copies this checkout's last commit to every worker and installs it
-#              --share=SERVER:/EXPORT  an NFS share (Filestore), mounted as /shared
+#              --share=SERVER:/EXPORT  an NFS share (Filestore), mounted as /shared; its folders
+#                                      checkpoints and data are seen from the checkout
 #   run      starts the stage after -- on all workers, detached from this terminal
 #   logs     follows the log  [--worker=0]  a number, or all
 #   status   tells the state of the slice
@@ -72,6 +73,8 @@ mountpoint -q /shared || sudo mount -t nfs -o lookupcache=positive $(quoted "$fl
 tar -xzf paras2s.tar.gz
 python3 -m pip install -q --user uv
 cd paras2s
+ln -sfn /shared/checkpoints checkpoints
+ln -sfn /shared/data data
 ~/.local/bin/uv venv -q --allow-existing --python=3.12 .venv
 ~/.local/bin/uv pip install -q --python=.venv/bin/python '.[tpu]'"
 }

@@ -29,6 +29,7 @@ from paras2s_jax.audio import wave as wave_lib
 from paras2s_jax.data.batches import Batches
 from paras2s_jax.data.records import Query, Response, Verdict, read_jsonl, write_jsonl
 from paras2s_jax.data.tokenizer import TextTokenizer
+from paras2s_jax.train import distributed
 from paras2s_jax.train.checkpoint import Checkpointer
 from paras2s_jax.train.loop import Source, fit
 from paras2s_jax.train.metrics import MetricWriter
@@ -87,8 +88,15 @@ def sample(
         "sampling": [repr(policy.text), repr(policy.audio), policy.max_steps],
         "queries": [[query.id, query.wav, query.dur_s] for query in queries],
     }
-    _continue_or_clear(out_dir, identity)
-    if (out_dir / "responses.jsonl").is_file():
+
+    def find_done() -> int | None:
+        """How many parts there are; None if all is done."""
+        _continue_or_clear(out_dir, identity)
+        finished = (out_dir / "responses.jsonl").is_file()
+        return None if finished else len(list(parts.glob("*.jsonl")))
+
+    done = distributed.on_main(f"{system}: look at samples", find_done)
+    if done is None:
         return read_jsonl(out_dir / "responses.jsonl", Response)
     batches = Batches(
         query_rows(queries),
@@ -97,44 +105,58 @@ def sample(
         batch_size=batch_size,
         len_buckets_s=len_buckets_s,
         seed=seed,
+        local_rows=layouts.train.local_rows(batch_size),
     )
     # Parts are written in order, each after its wavs.
-    done = len(list(parts.glob("*.jsonl")))
     batches.restore({"epoch": 0, "batch": done})
     respond = Responder(policy, layouts, group_size=num_samples, dtype=dtype)
     variables = layouts.train.place(variables, policy.boxed())
     frontend = layouts.train.place(frontend, policy.boxed_frontend(frontend))
-    with tqdm(total=len(batches), initial=done, desc=f"{system}: sample", unit="batch") as bar:
+    bar = tqdm(
+        total=len(batches),
+        initial=done,
+        desc=f"{system}: sample",
+        unit="batch",
+        disable=not distributed.is_main(),
+    )
+    with bar:
         for index in range(done, len(batches)):
             batch = next(batches)
             rng = jax.random.fold_in(jax.random.key(seed), index)
-            heard = {key: batch[key] for key in ("query", "query_len")}
+            heard = {key: batch[key] for key in ("query", "query_len", "row")}
             heard = layouts.train.place_batch(heard, num_samples)
+            row = heard.pop("row")
             rollout, answers = respond(variables, frontend, heard, rng)
+            lens, rollout, row = distributed.gather((answers.lens, rollout, row))
             texts = texts_of(policy, rollout, tokenizer)
-            waves, lens, finished = jax.device_get((answers.waves, answers.lens, rollout.finished))
-            rows = [
-                _save(
-                    out_dir,
-                    waves[at, g, : lens[at, g]],
-                    query_id=queries[row].id,
+            made = [
+                Response(
+                    query_id=queries[row[at]].id,
                     system=system,
                     sample=g,
                     text=texts[at][g],
-                    finished=bool(finished[at, g]),
+                    finished=bool(rollout.finished[at, g]),
+                    dur_s=int(lens[at, g]) / wave_lib.RATE_HZ,
+                    wav=_wav_name(queries[row[at]].id, g),
                 )
-                for at, row in enumerate(batch["row"])
-                if row >= 0
+                for at in np.flatnonzero(row >= 0)
                 for g in range(num_samples)
             ]
-            write_jsonl(parts / f"{index:06d}.jsonl", rows)
+            _save_waves(out_dir, queries, row, answers.waves, lens)
+            distributed.barrier(f"{system}: waves of part {index}")
+            if distributed.is_main():
+                write_jsonl(parts / f"{index:06d}.jsonl", made)
             bar.update()
-    responses = [
-        row for path in sorted(parts.glob("*.jsonl")) for row in read_jsonl(path, Response)
-    ]
-    write_jsonl(out_dir / "responses.jsonl", responses)
-    shutil.rmtree(parts)
-    return responses
+
+    def join() -> None:
+        responses = [
+            row for path in sorted(parts.glob("*.jsonl")) for row in read_jsonl(path, Response)
+        ]
+        write_jsonl(out_dir / "responses.jsonl", responses)
+        shutil.rmtree(parts)
+
+    distributed.on_main(f"{system}: join samples", join)
+    return read_jsonl(out_dir / "responses.jsonl", Response)
 
 
 def _continue_or_clear(out_dir: Path, identity: Mapping[str, Any]) -> None:
@@ -152,12 +174,24 @@ def _continue_or_clear(out_dir: Path, identity: Mapping[str, Any]) -> None:
     os.replace(partial, mark)
 
 
-def _save(out_dir: Path, wave: np.ndarray, **fields: Any) -> Response:
-    name = urllib.parse.quote(fields["query_id"], safe="")
-    path = f"wavs/{name}.{fields['sample']}.wav"
+def _wav_name(query_id: str, sample: int) -> str:
+    return f"wavs/{urllib.parse.quote(query_id, safe='')}.{sample}.wav"
+
+
+def _save_waves(
+    out_dir: Path, queries: Sequence[Query], row: np.ndarray, waves: jax.Array, lens: np.ndarray
+) -> None:
+    """Writes the answers that lie on this process's devices.
+
+    row: int32[P], of queries, or -1. waves: float32[P, G, L]. lens: int32[P, G].
+    """
     silence = np.zeros(round(NO_ANSWER_S * wave_lib.RATE_HZ), np.float32)
-    wave_lib.save(out_dir / path, wave if len(wave) else silence)
-    return Response(wav=path, dur_s=len(wave) / wave_lib.RATE_HZ, **fields)
+    for (prompts, samples, _), block in distributed.own_blocks(waves):
+        for at, group in zip(np.arange(len(row))[prompts], block, strict=True):
+            for g, wave in zip(np.arange(waves.shape[1])[samples], group, strict=True):
+                if row[at] >= 0:
+                    wave = wave[: lens[at, g]] if lens[at, g] else silence
+                    wave_lib.save(out_dir / _wav_name(queries[row[at]].id, g), wave)
 
 
 def judge_samples(
@@ -320,10 +354,11 @@ def predict(
     found = np.full(num_rows, np.nan, np.float32)
     for batch in batches:
         heard = {name: batch[name] for key in AUDIO_KEYS for name in (key, f"{key}_len")}
-        heard = layout.place_batch(heard)
+        heard = layout.place_batch(heard | {"row": batch["row"]})
         answers, lens = heard["answer"][:, None], heard["answer_len"][:, None]
-        scores = np.asarray(score(variables, heard["query"], heard["query_len"], answers, lens))
-        found[batch["row"][batch["valid"]]] = scores[batch["valid"], 0]
+        scores = score(variables, heard["query"], heard["query_len"], answers, lens)
+        scores, row = distributed.gather((scores, heard["row"]))
+        found[row[row >= 0]] = scores[row >= 0, 0]
     return found
 
 

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 # For how long process 0 may work while the others wait; its death ends them long before.
 ALONE_S = 24 * 3600
@@ -225,6 +227,26 @@ def on_main(name: str, function: Callable[[], Any]) -> Any:
         with contextlib.suppress(TimeoutError):
             return json.loads(_value(key, 5 * _POLL_S))
     raise DistributedError(f"barrier {name!r}: process 0 did not come within {ALONE_S} s.")
+
+
+def gather(tree: Any) -> Any:
+    """Arrays of all devices as numpy arrays, whole on every process."""
+
+    def whole(x):
+        spread = isinstance(x, jax.Array) and not x.is_fully_addressable
+        return multihost_utils.process_allgather(x, tiled=True) if spread else jax.device_get(x)
+
+    return jax.tree.map(whole, tree)
+
+
+def own_blocks(array: jax.Array) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+    """The blocks of an array that this process is to write: (where they lie, their values).
+
+    Over all processes every element comes exactly once.
+    """
+    for shard in array.addressable_shards:
+        if shard.replica_id == 0:
+            yield shard.index, np.asarray(shard.data)
 
 
 def fail(message: str, status: int = 1) -> NoReturn:

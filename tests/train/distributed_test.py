@@ -1,9 +1,11 @@
 """What one process can tell of its part; two real ones are in multihost_test.py."""
 
 import jax
+import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
-from paras2s_jax.train import distributed
+from paras2s_jax.train import distributed, sharding
 from paras2s_jax.train.distributed import DistributedError, Settings
 
 
@@ -85,3 +87,17 @@ def test_missing_processes_are_read_from_the_service(monkeypatch):
     )
     assert distributed._missing(message) == "process 1 and process 2 did not come"
     assert distributed._missing("UNAVAILABLE: gone\nx") == "not reached (UNAVAILABLE: gone)"
+
+
+@pytest.mark.parametrize("spec", [("fsdp", "data"), ("data",), ()])
+def test_blocks_cover_an_array_once(spec):
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 4})
+    values = np.arange(4 * 2 * 3).reshape(4, 2, 3)
+    array = jax.device_put(values, NamedSharding(mesh, PartitionSpec(*spec)))
+    found, times = np.zeros_like(values), np.zeros_like(values)
+    for index, block in distributed.own_blocks(array):
+        found[index] = block
+        times[index] += 1
+    np.testing.assert_array_equal(found, values)
+    assert (times == 1).all()
+    np.testing.assert_array_equal(distributed.gather({"x": array})["x"], values)
