@@ -1,0 +1,418 @@
+"""A whole GRPO step on a text-only Qwen2 against TRL's GRPOTrainer (fp32, same threads).
+
+Sampling, trivial rewards, advantages, log-probabilities of the reference and one update, on both
+sides from the same weights, prompts, group size and lengths. What surrounds the model here is what
+trains the speech policy: losses, advantages and updates of align and train.
+"""
+
+import contextlib
+import dataclasses
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import transformers
+
+from paras2s_jax.align.advantages import group_advantages
+from paras2s_jax.align.grpo import Settings, make_loss
+from paras2s_jax.align.rollout import Experience
+from paras2s_jax.convert import qwen2
+from paras2s_jax.convert.rules import import_params
+from paras2s_jax.models.generate import generate
+from paras2s_jax.models.qwen2 import Qwen2Config, Qwen2LM, last_real
+from paras2s_jax.models.sampling import Sampling
+from paras2s_jax.perf.forward import QWEN2_47M
+from paras2s_jax.perf.race import Race, check_equal, compilations, pin, race
+from paras2s_jax.stages.registry import Figures
+from paras2s_jax.train.optimizer import make_optimizer
+from paras2s_jax.train.state import TrainState, step_rng
+from paras2s_jax.train.step import make_update
+
+LR, CLIP_NORM, ADAM_B2 = 1e-6, 1.0, 0.999  # TRL's and transformers' defaults.
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a step has to do; the lengths are those of the paper's run with 15 s of answer.
+
+    prompts: P. group: G. prompt_len, answer_len: tokens of every prompt and answer, T and R.
+    beta: weight of the KL term to the reference.
+    """
+
+    config: Qwen2Config = QWEN2_47M
+    prompts: int = 1
+    group: int = 8
+    prompt_len: int = 160
+    answer_len: int = 190
+    beta: float = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class TextPolicy:
+    """A Qwen2LM as `align` sees a policy: prompts in, one stream out.
+
+    A prompt is {"ids": int32[P, T], "mask": bool[P, T]}, padded on the right. max_steps: R.
+    ends: ids that end an answer.
+    """
+
+    model: Qwen2LM
+    max_steps: int
+    ends: tuple[int, ...] = ()
+
+    def rollout(self, variables, prompt, rng: jax.Array, group_size: int) -> dict[str, jax.Array]:
+        """Samples at temperature 1. Returns: streams text_out, text_mask of [P, G, R]."""
+        made = generate(
+            self.model,
+            variables,
+            input_ids=prompt["ids"],
+            attention_mask=prompt["mask"],
+            max_new_tokens=self.max_steps,
+            group_size=group_size,
+            eos_token_ids=self.ends,
+            sampling=Sampling(),
+            rng=rng,
+        )
+        shape = (len(prompt["ids"]), group_size, self.max_steps)
+        mask = jnp.arange(self.max_steps) < made.lens[:, None]
+        return {"text_out": made.tokens.reshape(shape), "text_mask": mask.reshape(shape)}
+
+    def logp(self, variables, prompt, streams, *, at_temperature: bool) -> dict:
+        """As SpeechPolicy.logp; the temperature is 1 in any case. A prompt is run once."""
+        del at_temperature
+        ids, mask = prompt["ids"], prompt["mask"]
+        shape = streams["text_out"].shape
+        tokens = streams["text_out"].reshape(-1, shape[-1])
+        _, out = self.model.apply(variables, ids, attention_mask=mask, emit=("kv",))
+        first = jnp.repeat(last_real(out["hidden"], mask), shape[1], axis=0)[:, None]
+        start = jnp.repeat(mask.sum(axis=1), shape[1])[:, None]
+        _, own = self.model.apply(
+            variables,
+            tokens[:, :-1],
+            position_ids=start + jnp.arange(shape[-1] - 1),
+            prefix=out["kv"],
+            prefix_mask=mask,
+        )
+        hidden = jnp.concatenate([first, own["hidden"]], axis=1).reshape(-1, first.shape[-1])
+        logits = self.model.apply(variables, hidden, method="logits")
+        every = jax.nn.log_softmax(logits, axis=-1)
+        logp = jnp.take_along_axis(every, tokens.reshape(-1, 1), axis=-1)
+        entropy = -jnp.sum(jnp.exp(every) * every, axis=-1)
+        return {
+            "logp": {"text": logp.reshape(shape)},
+            "entropy": {"text": entropy.reshape(shape)},
+        }
+
+
+def even_share(tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    """The reward: which part of an answer's ids is even. [P, G, R] -> float32[P, G]."""
+    return jnp.sum((tokens % 2 == 0) & mask, axis=-1) / jnp.maximum(mask.sum(axis=-1), 1)
+
+
+class Laps:
+    """Seconds of named parts, one entry a call."""
+
+    def __init__(self):
+        self.seconds: dict[str, list[float]] = {}
+
+    def __call__(self, name: str, function: Callable, *args, **kwargs):
+        """Calls, waits for the result, and notes how long it took."""
+        start = time.perf_counter()
+        result = jax.block_until_ready(function(*args, **kwargs))
+        self.seconds.setdefault(name, []).append(time.perf_counter() - start)
+        return result
+
+    def best_ms(self, side: str) -> dict[str, float]:
+        """Fastest of each part."""
+        return {f"{side}_{name}_ms": 1e3 * min(times) for name, times in self.seconds.items()}
+
+
+class OurStep:
+    """`step(state, prompt) -> (state, metrics)`, one program per phase."""
+
+    def __init__(self, policy: TextPolicy, reference: Mapping, work: Work, laps: Laps):
+        settings = Settings(group_size=work.group, beta=work.beta)
+        self._policy, self._reference, self._laps = policy, reference, laps
+        self.loss_fn = make_loss(policy, settings)
+        self.optimizer = make_optimizer(
+            LR, total_steps=1, clip_norm=CLIP_NORM, b2=ADAM_B2, schedule="constant"
+        )
+        self._rollout = jax.jit(policy.rollout, static_argnums=3)
+        self._compare = jax.jit(self._experience)
+        self._update = make_update(self.loss_fn, self.optimizer)
+        self._group = work.group
+
+    def _experience(self, reference, prompt, streams) -> Experience:
+        rewards = even_share(streams["text_out"], streams["text_mask"])
+        ref_logp = self._policy.logp(reference, prompt, streams, at_temperature=True)["logp"]
+        return Experience(prompt, streams, ref_logp, None, group_advantages(rewards))
+
+    def experience(self, prompt, streams) -> Experience:
+        """Rewards, advantages and the reference's log-probabilities of given answers."""
+        return self._compare(self._reference, prompt, streams)
+
+    def __call__(self, state: TrainState, prompt):
+        args = (state.variables, prompt, step_rng(state), self._group)
+        streams = self._laps("rollout", self._rollout, *args)
+        experience = self._laps("reference", self.experience, prompt, streams)
+        return self._laps("update", self._update, state, experience)
+
+
+class TheirStep:
+    """TRL's trainer, and one optimizer step of it as its training loop takes it.
+
+    Off is all that writes or reports, and the recomputing of activations, on in TRL unless told
+    otherwise, which would only make it slower.
+    """
+
+    def __init__(self, work: Work, ids: np.ndarray, folder: str, laps: Laps):
+        import datasets
+        import trl
+
+        reference = _torch_model(work.config)
+        reference.save_pretrained(folder)  # TRL reads the reference from there.
+        model = transformers.Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        with torch.no_grad():
+            for weights in model.parameters():
+                weights += 0.01 * torch.randn_like(weights)
+        prompts = [" ".join(f"w{i}" for i in row) for row in ids]
+        args = trl.GRPOConfig(
+            output_dir=str(Path(folder) / "unused"),
+            per_device_train_batch_size=work.prompts * work.group,
+            num_generations=work.group,
+            max_completion_length=work.answer_len,
+            beta=work.beta,
+            loss_type="grpo",
+            use_bias_correction_kl=False,
+            learning_rate=LR,
+            lr_scheduler_type="constant",
+            max_grad_norm=CLIP_NORM,
+            adam_beta2=ADAM_B2,
+            bf16=False,
+            use_cpu=True,
+            gradient_checkpointing=False,
+            report_to="none",
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+        )
+        self.trainer = trl.GRPOTrainer(
+            model=model,
+            reward_funcs=_even_share,
+            args=args,
+            train_dataset=datasets.Dataset.from_dict({"prompt": prompts}),
+            processing_class=_word_tokenizer(work.config.vocab_size),
+        )
+        self.trainer.create_optimizer_and_scheduler(num_training_steps=1)
+        self.trainer.current_gradient_accumulation_steps = 1
+        self._rows = [{"prompt": text} for text in prompts for _ in range(work.group)]
+        for part, method in (
+            ("rollout", "_generate_single_turn"),
+            ("experience", "_generate_and_score_completions"),
+        ):
+            self._note(laps, part, method)
+
+    def _note(self, laps: Laps, part: str, method: str) -> None:
+        inner = getattr(self.trainer, method)
+        setattr(self.trainer, method, lambda *args, **kwargs: laps(part, inner, *args, **kwargs))
+
+    def sample(self) -> dict[str, torch.Tensor]:
+        """A batch that the loss takes: TRL's own answers, scored."""
+        self.trainer.model.train()
+        return self.trainer._generate_and_score_completions(list(self._rows))
+
+    def loss_and_gradients(self, batch) -> tuple[float, dict[str, np.ndarray]]:
+        """The loss of a batch and its gradient by parameter."""
+        model = self.trainer.model
+        loss = self.trainer.compute_loss(model, batch)
+        loss.backward()
+        gradients = {name: w.grad.numpy().copy() for name, w in model.named_parameters()}
+        model.zero_grad()
+        return loss.item(), gradients
+
+    def __call__(self) -> torch.Tensor:
+        trainer, model = self.trainer, self.trainer.model
+        loss = trainer.training_step(model, list(self._rows), None)
+        trainer.accelerator.clip_grad_norm_(model.parameters(), CLIP_NORM)
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+        model.zero_grad()
+        return loss
+
+
+def _even_share(completion_ids, **_) -> list[float]:
+    return [sum(i % 2 == 0 for i in ids) / len(ids) for ids in completion_ids]
+
+
+def _torch_model(config: Qwen2Config) -> transformers.Qwen2ForCausalLM:
+    torch.manual_seed(0)
+    settings = transformers.Qwen2Config(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        tie_word_embeddings=config.tie_word_embeddings,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return transformers.Qwen2ForCausalLM(settings)
+
+
+def _word_tokenizer(vocab_size: int) -> transformers.PreTrainedTokenizerFast:
+    """Word "w7" has id 7. The end of an answer has an id that the model cannot name."""
+    import tokenizers
+
+    words = {f"w{i}": i for i in range(vocab_size + 1)}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=model, pad_token="w0", eos_token=f"w{vocab_size}"
+    )
+
+
+def _as_params(model: Qwen2LM, tensors: Mapping[str, np.ndarray]) -> dict:
+    """Weights, or gradients, by torch's names as a tree of ours."""
+    shapes = nn.meta.unbox(jax.eval_shape(lambda: qwen2.init(model, jax.random.key(0))))["params"]
+    params = import_params(tensors, qwen2.rules(model.config), shapes, name="Qwen2LM")
+    return jax.tree.map(jnp.asarray, params)
+
+
+def _weights(module: torch.nn.Module) -> dict[str, np.ndarray]:
+    return {name: value.detach().numpy() for name, value in module.state_dict().items()}
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Without TRL's report home, which it leaves out where CI is set, and without progress bars."""
+    before = os.environ.get("CI")
+    os.environ["CI"] = "1"
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        os.environ.pop("CI")
+        if before is not None:
+            os.environ["CI"] = before
+
+
+def agree(ours: OurStep, theirs: TheirStep, variables: Mapping, prompt) -> dict[str, float]:
+    """On answers that TRL sampled: advantages, reference, loss and gradients of both sides.
+
+    Returns: their largest differences; of the gradients in units of their common norm.
+
+    Raises:
+        RaceError: one of them is too large.
+    """
+    batch = theirs.sample()
+    num_prompts = len(prompt["ids"])
+    tokens = batch["completion_ids"].numpy().astype(np.int32).reshape(num_prompts, ours._group, -1)
+    streams = {"text_out": tokens, "text_mask": np.ones(tokens.shape, bool)}
+    experience = ours.experience(prompt, streams)
+    loss, gradients = theirs.loss_and_gradients(batch)
+
+    @jax.jit
+    def mean_loss(variables, experience):
+        sums = ours.loss_fn(variables, experience, None)
+        return sums.loss_sum / sums.weight
+
+    our_loss, our_gradients = jax.jit(jax.value_and_grad(mean_loss))(variables, experience)
+    their_gradients = _as_params(ours._policy.model, gradients)
+    norm = np.sqrt(sum(np.sum(np.square(g)) for g in gradients.values()))
+    pairs = zip(*map(jax.tree.leaves, (our_gradients["params"], their_gradients)), strict=True)
+    flat = batch["advantages"].numpy().reshape(experience.advantages.shape)
+    ref_logp = batch["ref_per_token_logps"].numpy().reshape(tokens.shape)
+    return {
+        "advantage_difference": check_equal("advantages", experience.advantages, flat, 1e-3),
+        "reference_difference": check_equal(
+            "reference", experience.ref_logp["text"], ref_logp, 1e-3
+        ),
+        "loss_difference": check_equal("loss", our_loss, loss, 1e-5),
+        "gradient_difference": max(
+            check_equal("gradients", a / norm, b / norm, 1e-4) for a, b in pairs
+        ),
+    }
+
+
+def _recompilations(policy: TextPolicy, reference, state: TrainState, work: Work, ids) -> int:
+    """Programs compiled from the third step on, when prompts and answers have other lengths."""
+    # A hundredth of all ids, so that answers end early and at different steps.
+    ends = tuple(range(1, 1 + max(1, work.config.vocab_size // 100)))
+    step = OurStep(dataclasses.replace(policy, ends=ends), reference, work, Laps())
+    lengths = [work.prompt_len - n for n in (0, 1, work.prompt_len // 2, work.prompt_len - 1, 2)]
+    with compilations() as compiled:
+        for number, length in enumerate(lengths):
+            if number == 2:
+                compiled.clear()
+            mask = np.tile(np.arange(work.prompt_len) < length, (work.prompts, 1))
+            state, _ = step(state, {"ids": ids, "mask": mask})
+    return len(compiled)
+
+
+def measure(work: Work = Work(), repeats: int = 5) -> Race:
+    """Races a step of ours against one of TRL's, once their answers are known to agree."""
+    shape = (work.prompts, work.prompt_len)
+    ids = np.random.default_rng(0).integers(1, work.config.vocab_size, shape).astype(np.int32)
+    prompt = {"ids": ids, "mask": np.ones(shape, bool)}
+    our_laps, their_laps = Laps(), Laps()
+    with _silent(), tempfile.TemporaryDirectory() as folder:
+        theirs = TheirStep(work, ids, folder, their_laps)
+    policy = TextPolicy(Qwen2LM(work.config), work.answer_len)
+    variables = {"params": _as_params(policy.model, _weights(theirs.trainer.model))}
+    reference = {"params": _as_params(policy.model, _weights(theirs.trainer.ref_model))}
+    ours = OurStep(policy, reference, work, our_laps)
+    differences = agree(ours, theirs, variables, prompt)
+    state = TrainState.create(variables, ours.optimizer, jax.random.key(0))
+    del variables
+
+    def our_step():
+        nonlocal state
+        state, metrics = ours(state, prompt)
+        return metrics
+
+    result = race("grpo", our_step, theirs, repeats=repeats)
+    spent = their_laps.seconds
+    # The agreement sampled once: with it, TRL's parts were called once more than its steps.
+    spent["reference"] = [
+        whole - part for whole, part in zip(spent.pop("experience"), spent["rollout"], strict=True)
+    ]
+    extra = differences | our_laps.best_ms("ours") | their_laps.best_ms("theirs")
+    extra["theirs_update_ms"] = (
+        1e3 * min(result.theirs_s) - extra["theirs_rollout_ms"] - extra["theirs_reference_ms"]
+    )
+    compiled = result.compiled + _recompilations(policy, reference, state, work, ids)
+    return dataclasses.replace(result, compiled=compiled, extra=extra)
+
+
+def run(
+    prompts: int = 1, group: int = 8, prompt_len: int = 160, answer_len: int = 190, threads: int = 1
+) -> Figures:
+    """Races whole GRPO steps on a 47M Qwen2 and says where the time goes.
+
+    Returns: figures "grpo/ratio" (our speed in units of TRL's), "grpo/recompilations" and others.
+    """
+    pin(threads)
+    result = measure(Work(QWEN2_47M, prompts, group, prompt_len, answer_len))
+    figures = result.figures()
+
+    def parts(side):
+        names = ("rollout", "reference", "update")
+        return ", ".join(f"{name} {figures[f'grpo/{side}_{name}_ms'] / 1e3:.2f}" for name in names)
+
+    print(
+        f"{prompts} prompts of {prompt_len} tokens, {group} answers of {answer_len} to each: "
+        f"{result.ratio:.2f} times TRL's speed (fastest steps {result.best_ratio:.2f}, in "
+        f"processor time {result.cpu_ratio:.2f})\nseconds of ours: {parts('ours')}\n"
+        f"seconds of TRL: {parts('theirs')}\n{result.compiled} recompilations after step 2",
+        flush=True,
+    )
+    return figures
