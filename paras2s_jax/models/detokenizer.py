@@ -10,19 +10,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 
 from paras2s_jax.models.bigvgan import BigVGAN, fold_weight_norm
 from paras2s_jax.models.detokenizer_chunks import (
     Prefix,
     StreamState,
+    by_length,
     chunk_plan,
     cross_fade,
     draw_noise,
     frame_mask,
     hand_over,
     row_keys,
+    window_plan,
 )
 from paras2s_jax.models.flow_matching import CACHE_TIME, FRAMES_PER_CODE, FlowMatchingDiT, euler
 
@@ -43,6 +44,8 @@ class FlowMatchingDetokenizer(struct.PyTreeNode):
       once: less work (no code is solved twice) and all frames see each other, but farther than
       the released network was made to look; at most dit.config.max_seq_len frames.
     ode_steps, ode_solver: see flow_matching.time_points.
+    rows_at_once: how many answers `decode` takes at a time, the longest first, so that short ones
+      are done when the longest of their own batch is; None: all.
     """
 
     dit_params: Any
@@ -56,6 +59,7 @@ class FlowMatchingDetokenizer(struct.PyTreeNode):
     chunked: bool = struct.field(pytree_node=False, default=True)
     ode_steps: int = struct.field(pytree_node=False, default=30)
     ode_solver: str = struct.field(pytree_node=False, default="neural_ode_euler")
+    rows_at_once: int | None = struct.field(pytree_node=False, default=None)
 
     @classmethod
     def from_models(
@@ -127,10 +131,14 @@ class FlowMatchingDetokenizer(struct.PyTreeNode):
         """
         keys = row_keys(rng, codes.shape[0])
         num_mels = self.dit.config.input_size
-        _, waves, lens = self.render(
-            codes, len_codes, lambda number, size: draw_noise(keys, number, size, num_mels)
-        )
-        return waves, lens
+
+        def some(rows):
+            codes, len_codes, keys = rows
+            return self.render(
+                codes, len_codes, lambda number, size: draw_noise(keys, number, size, num_mels)
+            )[1:]
+
+        return by_length(some, len_codes, (codes, len_codes, keys), self.rows_at_once)
 
     def render(self, codes: jax.Array, len_codes: jax.Array, noise: NoiseSource):
         """As `decode`, with given noise. Returns: (mel float32[B, 4 * S, M], waves, lens)."""
@@ -166,10 +174,11 @@ class FlowMatchingDetokenizer(struct.PyTreeNode):
 
         return velocity
 
-    def _solve(self, prefix: Prefix | None, codes, noise, mask=None, num_ahead=None):
+    def _solve(self, prefix: Prefix | None, codes, noise, mask=None, num_ahead=None, size=None):
         """Solves 4 * S frames of codes: int32[B, S] (held ones first), all at once.
 
         num_ahead: codes at the end whose frames do not enter the prefix; None leaves it alone.
+        size: slots of the new prefix, None: as many as before.
         Returns: (normalised mel float32[B, 4 * S, M], prefix).
         """
         settings = (self.ode_steps, self.ode_solver)
@@ -178,17 +187,17 @@ class FlowMatchingDetokenizer(struct.PyTreeNode):
         if num_ahead == 0:
             velocity = self._velocity(prefix, codes, mask, emit=("kv",))
             x, out = euler(velocity, noise, *settings, keep_last=True)
-            return x, prefix.append(out["kv"])
+            return x, prefix.append(out["kv"], size)
         x, _ = euler(self._velocity(prefix, codes, mask), noise, *settings)
         codes = codes[:, :-num_ahead]
         kept = FRAMES_PER_CODE * codes.shape[1]
         mask = None if mask is None else mask[:, :kept]
-        return x, self._remember(prefix, codes, x[:, :kept], mask)
+        return x, self._remember(prefix, codes, x[:, :kept], mask, size)
 
-    def _remember(self, prefix: Prefix, codes, x, mask=None) -> Prefix:
+    def _remember(self, prefix: Prefix, codes, x, mask=None, size=None) -> Prefix:
         """One pass over solved frames x: float32[B, T, M], for their keys and values."""
         velocity = self._velocity(prefix, codes, mask, emit=("kv",))
-        return prefix.append(velocity(x, jnp.full(1, CACHE_TIME))[1]["kv"])
+        return prefix.append(velocity(x, jnp.full(1, CACHE_TIME))[1]["kv"], size)
 
     def _mel(self, x, mask=None):
         c = self.dit.config
@@ -204,14 +213,17 @@ class FlowMatchingDetokenizer(struct.PyTreeNode):
     def start(self, rows: int) -> StreamState:
         """The state before the first chunk of `rows` streams."""
         c = self.dit.config
-        shape = (c.depth, rows, self.max_kv, c.num_heads, c.width_per_head)
-        empty = jnp.zeros(shape, self.dit.dtype)
         return StreamState(
-            prefix=Prefix(empty, empty, jnp.int32(0), jnp.int32(0)),
+            prefix=self._empty_prefix(rows, self.max_kv),
             held=jnp.zeros((rows, 0), jnp.int32),
             pre_mel=jnp.zeros((rows, 0, c.input_size)),
             pre_wav=jnp.zeros((rows, 0)),
         )
+
+    def _empty_prefix(self, rows: int, size: int) -> Prefix:
+        c = self.dit.config
+        empty = jnp.zeros((c.depth, rows, size, c.num_heads, c.width_per_head), self.dit.dtype)
+        return Prefix(empty, empty, jnp.int32(0), jnp.int32(0))
 
     def start_with_voice(
         self, mel: jax.Array, tokens: jax.Array, chunk_frames: int = VOICE_CHUNK
@@ -291,39 +303,51 @@ class FlowMatchingDetokenizer(struct.PyTreeNode):
     # Whole answers in chunks: rows may end in different ones.
 
     def _mel_by_chunks(self, codes, len_codes, noise: NoiseSource) -> jax.Array:
-        """codes: int32[B, S], S > first. Returns: float32[B, 4 * S, M], 0 past len_codes."""
+        """codes: int32[B, S], S > first. Returns: float32[B, 4 * S, M], 0 past len_codes.
+
+        Stops when all rows have ended. Each chunk's prefix is about as long as what there is.
+        """
         rows, steps = codes.shape
         count = -(-(steps - self.first) // self.chunk)  # After the first.
         width = self.look_ahead + self.chunk
         whole = self.first + count * self.chunk
         codes = jnp.pad(codes, ((0, 0), (0, whole - steps)))
         mel = jnp.zeros((rows, FRAMES_PER_CODE * whole, self.dit.config.input_size))
+        last = jnp.max(self._last_chunk(len_codes))
 
-        def step(carry, xs):
+        def step(carry, number, begin, codes, mask, size=None):
             prefix, mel = carry
-            number, begin, codes, mask = xs
-            size = codes.shape[1]
-            kept = FRAMES_PER_CODE * (size - self.look_ahead)
-            draws = noise(number, size)
-            x, prefix = self._solve(prefix, codes, draws, mask, num_ahead=self.look_ahead)
+            kept = FRAMES_PER_CODE * (codes.shape[1] - self.look_ahead)
+            draws = noise(number, codes.shape[1])
+            ahead = self.look_ahead
+            x, prefix = self._solve(prefix, codes, draws, mask, num_ahead=ahead, size=size)
             prefix = prefix.restart(kept, self.dit.config.max_seq_len)
             # What is held back is settled if the row ends here, and overwritten otherwise.
             at = (0, FRAMES_PER_CODE * begin, 0)
             old = jax.lax.dynamic_slice(mel, at, (rows, mask.shape[1], mel.shape[2]))
             new = jnp.where(mask[..., None], self._mel(x), old)
-            return (prefix, jax.lax.dynamic_update_slice(mel, new, at)), None
+            return prefix, jax.lax.dynamic_update_slice(mel, new, at)
 
+        def later(number, carry):
+            begin = self.first - self.look_ahead + self.chunk * (number - 1)
+            # A row whose codes all came before takes no part any more.
+            real = jnp.where(len_codes > begin + self.look_ahead, len_codes - begin, 0)
+            window = jax.lax.dynamic_slice_in_dim(codes, begin, width, axis=1)
+            return step(carry, number, begin, window, frame_mask(real, width))
+
+        kept = FRAMES_PER_CODE * (self.first - self.look_ahead), FRAMES_PER_CODE * self.chunk
+        plan = window_plan(count, *kept, self.max_kv)
         first = (jnp.int32(0), jnp.int32(0), codes[:, : self.first])
-        carry = (self.start(rows).prefix, mel)
-        carry, _ = step(carry, (*first, frame_mask(len_codes, self.first)))
-        begins = self.first - self.look_ahead + self.chunk * np.arange(count)
-        windows = jnp.stack([codes[:, begin : begin + width] for begin in begins])
-        # A row whose codes all came before takes no part any more.
-        real = [jnp.where(len_codes > b + self.look_ahead, len_codes - b, 0) for b in begins]
-        masks = jnp.stack([frame_mask(n, width) for n in real])
-        numbers = jnp.arange(1, count + 1)
-        (_, mel), _ = jax.lax.scan(step, carry, (numbers, jnp.asarray(begins), windows, masks))
-        return mel[:, : FRAMES_PER_CODE * steps]
+        carry = (self._empty_prefix(rows, 0), mel)
+        carry = step(carry, *first, frame_mask(len_codes, self.first), size=plan[0][-1])
+        for begin, end, size in plan:
+            carry = (carry[0].resized(size), carry[1])
+            carry = jax.lax.fori_loop(begin, jnp.minimum(end, last + 1), later, carry)
+        return carry[1][:, : FRAMES_PER_CODE * steps]
+
+    def _last_chunk(self, len_codes: jax.Array) -> jax.Array:
+        """Number of the chunk in which each row ends: int32[B]."""
+        return jnp.maximum(-(-(len_codes - self.first) // self.chunk), 0)
 
     def _waves_by_chunks(self, mel: jax.Array, len_codes: jax.Array) -> jax.Array:
         """Vocoder and cross-fades as in `stream_chunk`, over whole answers: float32[B, A, M]."""
@@ -331,7 +355,7 @@ class FlowMatchingDetokenizer(struct.PyTreeNode):
         rows, num_frames = mel.shape[0], mel.shape[1]
         settings = (self.first, self.chunk, self.look_ahead)
         plan = chunk_plan(num_frames // FRAMES_PER_CODE, *settings)
-        ends_in = jnp.maximum(-(-(len_codes - self.first) // self.chunk), 0)
+        ends_in = self._last_chunk(len_codes)
         spare = FRAMES_PER_CODE * self.look_ahead
         width = max(end - begin for begin, end, _ in plan) + spare
         mel = jnp.pad(mel, ((0, 0), (0, width), (0, 0)))
@@ -346,7 +370,15 @@ class FlowMatchingDetokenizer(struct.PyTreeNode):
                 for number, (begin, end, _) in enumerate(plan)
             ]
         )
-        waves = jax.lax.map(lambda piece: self._vocode(*piece), (pieces, lens))
+
+        def vocode(piece):
+            mel, lens = piece
+            silence = jnp.zeros((rows, width * hop))
+            return jax.lax.cond(
+                jnp.any(lens > 0), lambda: self._vocode(mel, lens), lambda: silence
+            )
+
+        waves = jax.lax.map(vocode, (pieces, lens))
         out = jnp.zeros((rows, (num_frames + width) * hop))
         tail = None
         for number, (begin, end, given) in enumerate(plan):

@@ -1,11 +1,17 @@
 """What chunk-wise detokenizing is made of: prefix, stream state, plan, cross-fade and noise."""
 
+from collections.abc import Callable
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from paras2s_jax.models import axes
 from paras2s_jax.models.flow_matching import FRAMES_PER_CODE
+
+WINDOW_GROWTH = 4  # Of the prefix from one run of chunks to the next.
 
 
 class Prefix(struct.PyTreeNode):
@@ -30,19 +36,26 @@ class Prefix(struct.PyTreeNode):
         size = self.k.shape[2]
         return (jnp.arange(size) >= size - self.length)[None]
 
-    def append(self, kv: dict) -> "Prefix":
-        """Takes over keys and values of T more frames, [depth, B, T, N, H]; drops the oldest."""
-        size, new = self.k.shape[2], kv["k"].shape[2]
+    def append(self, kv: dict, size: int | None = None) -> "Prefix":
+        """Takes over keys and values of T more frames, [depth, B, T, N, H]; drops the oldest.
 
-        def shift(old, x):
-            return jnp.concatenate([old, x.astype(old.dtype)], axis=2)[:, :, -size:]
+        size: slots of the result, by default as many as before.
+        """
+        size, new = self.k.shape[2] if size is None else size, kv["k"].shape[2]
+
+        def join(old, x):
+            return _resized(jnp.concatenate([old, x.astype(old.dtype)], axis=2), size)
 
         return Prefix(
-            shift(self.k, kv["k"]),
-            shift(self.v, kv["v"]),
+            join(self.k, kv["k"]),
+            join(self.v, kv["v"]),
             jnp.minimum(self.length + new, size),
             self.position + new,
         )
+
+    def resized(self, size: int) -> "Prefix":
+        """The same with `size` slots, not fewer than are filled."""
+        return self.replace(k=_resized(self.k, size), v=_resized(self.v, size))
 
     def restart(self, num_kept: int, limit: int, voice: "Prefix | None" = None) -> "Prefix":
         """Back to the voice prompt, or to nothing, if two more such chunks would pass `limit`."""
@@ -50,6 +63,14 @@ class Prefix(struct.PyTreeNode):
         if voice is None:
             voice = self.replace(length=jnp.int32(0), position=jnp.int32(0))
         return jax.tree.map(lambda new, old: jnp.where(full, new, old), voice, self)
+
+
+def _resized(x: jax.Array, size: int) -> jax.Array:
+    """The newest of [depth, B, S, N, H], or all of them behind empty slots."""
+    spare = size - x.shape[2]
+    if spare >= 0:
+        return jnp.pad(x, ((0, 0), (0, 0), (spare, 0), (0, 0), (0, 0)))
+    return x[:, :, -spare:]
 
 
 class StreamState(struct.PyTreeNode):
@@ -90,6 +111,28 @@ def chunk_plan(
     return plan
 
 
+def window_plan(count: int, first_kept: int, kept: int, max_kv: int) -> list[tuple[int, int, int]]:
+    """How far back chunks 1 … count look: a program for each run of chunks, not for each chunk.
+
+    first_kept, kept: frames that the first chunk and each later one leave to the prefix.
+    Returns: (first chunk, end, slots of the prefix) of each run: as many as the prefix fills, and
+    the next chunk's. In a few runs, because every one is compiled by itself.
+    """
+
+    def filled(number):
+        return min(max_kv, first_kept + (min(number, count) - 1) * kept)
+
+    runs, begin = [], 1
+    while begin <= count:
+        size = min(max(WINDOW_GROWTH * filled(begin), filled(begin + 1)), filled(count))
+        end = begin + 1
+        while end <= count and filled(end + 1) <= size:
+            end += 1
+        runs.append((begin, end, size))
+        begin = end
+    return runs
+
+
 def hand_over(num_before: int, size: int) -> tuple[int, int]:
     """How much of a piece is given out, and how much waits for the next one.
 
@@ -110,6 +153,31 @@ def cross_fade(before: jax.Array, wave: jax.Array) -> jax.Array:
     window = (0.54 - 0.46 * np.cos(2 * np.pi * np.arange(size) / size)).astype(np.float32)
     faded = before[:, :half] * window[size - half :] + wave[:, :half] * window[:half]
     return jnp.concatenate([faded, wave[:, half:]], axis=1)
+
+
+def by_length(function: Callable, lens: jax.Array, rows, size: int | None):
+    """function(rows), `size` rows at a time, those of like lengths together; the last may be fewer.
+
+    lens: int32[B]; rows, and what the function returns: pytrees of [B, …]. size None: all at once.
+    """
+    num_rows = len(lens)
+    if size is None or size >= num_rows:
+        return function(rows)
+    order = jnp.argsort(-lens, stable=True)
+    count = -(-num_rows // size)
+    # Spare rows repeat the shortest one.
+    taken = jnp.pad(order, (0, count * size - num_rows), mode="edge").reshape(count, size)
+
+    def batch(chosen):
+        return function(jax.tree.map(lambda x: _spread(x[chosen]), rows))
+
+    made = jax.lax.map(batch, taken)
+    place = jnp.argsort(order)
+    return jax.tree.map(lambda y: _spread(y.reshape(-1, *y.shape[2:])[place]), made)
+
+
+def _spread(x: jax.Array) -> jax.Array:
+    return nn.with_logical_constraint(x, (axes.ACT_BATCH,) + (None,) * (x.ndim - 1))
 
 
 def row_keys(rng: jax.Array | None, rows: int) -> jax.Array:

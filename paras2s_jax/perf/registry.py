@@ -10,6 +10,7 @@ from paras2s_jax.stages.commands import Command, Flag
 from paras2s_jax.stages.registry import Figures, Lazy, finish, source_commit
 
 WORKDIR = Flag("workdir", "where summaries go, in a folder of the measure's name", "runs/perf")
+THREADS = Flag("threads", "cores and threads of either side", 1, int)
 
 MEASURES: dict[str, Command] = {
     measure.name: measure
@@ -37,8 +38,45 @@ MEASURES: dict[str, Command] = {
         Command(
             "decode",
             "generation against transformers', prompts shared by a group, answers of all lengths",
-            (Flag("threads", "cores and threads of either side", 1, int), WORKDIR),
+            (THREADS, WORKDIR),
             Lazy("paras2s_jax.perf.decode", "run"),
+        ),
+        Command(
+            "detokenize",
+            "speed of a batch of answers against one by one; what approximations change",
+            (
+                Flag("answers", "in the batch", 16, int),
+                Flag("width", "of the flow-matching network", 128, int),
+                Flag("depth", "of the flow-matching network, in layers", 4, int),
+                Flag("channels", "of the vocoder, at first", 32, int),
+                THREADS,
+                WORKDIR,
+            ),
+            Lazy("paras2s_jax.perf.detokenize", "run"),
+        ),
+        Command(
+            "grpo",
+            "speed of whole GRPO steps of a text-only Qwen2 against TRL's GRPOTrainer",
+            (
+                Flag("prompts", "in a step", 1, int),
+                Flag("group", "answers to a prompt", 8, int),
+                Flag("prompt_len", "tokens of a prompt", 160, int),
+                Flag("answer_len", "tokens of an answer", 190, int),
+                THREADS,
+                WORKDIR,
+            ),
+            Lazy("paras2s_jax.perf.grpo", "run"),
+        ),
+        Command(
+            "reward",
+            "scores per second of the reward model: whole groups against pair by pair",
+            (
+                Flag("prompts", "queries at a time", 1, int),
+                Flag("group", "answers to a query", 8, int),
+                THREADS,
+                WORKDIR,
+            ),
+            Lazy("paras2s_jax.perf.reward", "run"),
         ),
         Command(
             "forward",
@@ -47,7 +85,7 @@ MEASURES: dict[str, Command] = {
                 Flag(
                     "races", "which of them, with commas between", "whisper_encoder,decode,log_mel"
                 ),
-                Flag("threads", "cores and threads of either side", 1, int),
+                THREADS,
                 WORKDIR,
             ),
             Lazy("paras2s_jax.perf.forward", "run"),

@@ -23,6 +23,7 @@ from paras2s_jax.models.detokenizer_chunks import (
     draw_noise,
     hand_over,
     row_keys,
+    window_plan,
 )
 from paras2s_jax.models.flow_matching import FlowMatchingConfig, FlowMatchingDiT
 
@@ -206,6 +207,11 @@ def test_decode_does_not_depend_on_padding_or_neighbours(small, chunked):
         assert np.std(alone) > 0.01
         np.testing.assert_allclose(waves[row, : 8 * size], alone[0], atol=WAV_ATOL)
         assert not np.any(waves[row, 8 * size :])
+    # Two and two, and three and one, by length.
+    for size in (2, 3):
+        some, some_lens = decode(small.replace(rows_at_once=size), codes, lens, keys)
+        np.testing.assert_array_equal(some_lens, len_waves)
+        np.testing.assert_allclose(some, waves, atol=WAV_ATOL)
     # Codes past the length, and the key of another row, change nothing.
     other = np.where(np.arange(15) < lens[:, None], codes, 3)
     again, _ = decode(small, other, lens, keys.at[0].set(jax.random.key(9)))
@@ -259,6 +265,16 @@ def test_plan_of_the_release():
     assert hand_over(6, 10) == (5, 5)
 
 
+def test_prefixes_are_as_long_as_what_they_hold():
+    # 72 frames before chunk 1, 120 more before each later one. 2: 192 before the last.
+    assert window_plan(1, 72, 120, 900) == [(1, 2, 72)]
+    assert window_plan(2, 72, 120, 900) == [(1, 3, 192)]
+    # 288 = 4 * 72 holds chunk 1 and what it adds; 192 * 4 holds 672 before chunk 6, but not 792.
+    assert window_plan(12, 72, 120, 900) == [(1, 2, 288), (2, 6, 768), (6, 13, 900)]
+    # Of little that grows fast, the next chunk's: 4 + 40.
+    assert window_plan(3, 4, 40, 50) == [(1, 2, 44), (2, 4, 50)]
+
+
 def test_cross_fade_by_hand():
     # Periodic Hamming window of 4: 0.54 - 0.46 cos(pi t / 2) = 0.08, 0.54, 1, 0.54.
     faded = cross_fade(jnp.array([[1.0, 2.0, 7.0]]), jnp.array([[10.0, 20.0, 30.0, 40.0]]))
@@ -278,6 +294,10 @@ def test_prefix_slides_and_restarts():
     assert int(longer.length) == 3 and int(longer.position) == 4
     # 4 + 2 * 2 frames still fit 8 positions, but not 7.
     assert int(longer.restart(2, 8).position) == 4
+    grown = prefix.append({"k": frames(3, 4), "v": frames(7, 8)}, 5)
+    assert grown.k.ravel().tolist() == [0, 1, 2, 3, 4] and int(grown.length) == 4
+    np.testing.assert_array_equal(prefix.resized(5).mask, [[False, False, False, True, True]])
+    assert prefix.resized(5).v.ravel().tolist() == [0, 0, 0, 5, 6]
     empty = longer.restart(2, 7)
     assert int(empty.position) == 0 and not np.any(empty.mask)
     voice = longer.restart(2, 7, prefix)

@@ -10,9 +10,7 @@ from paras2s_jax.models.qwen2 import Qwen2Config
 from paras2s_jax.perf import grpo
 from paras2s_jax.perf.race import RaceError
 
-SMALL = grpo.Work(
-    Qwen2Config(211, 16, 20, 2, 4, 2), prompts=2, group=3, prompt_len=5, answer_len=7
-)
+SMALL = grpo.Work(Qwen2Config(211, 16, 20, 2, 4, 2), prompts=2, group=3, prompt_len=5, answer_len=7)
 
 
 def test_a_small_race_agrees_and_compiles_once():
