@@ -27,7 +27,7 @@ SMALL = detokenize.Work(
     ),
     answers=3,
     min_codes=4,
-    max_codes=15,
+    max_codes=13,
     rows_at_once=2,
     first=6,
     chunk=7,
@@ -65,6 +65,6 @@ def test_approximations_are_worse_with_fewer_steps():
 
 
 def test_lengths_are_spread_and_shuffled():
-    codes, lens = dataclasses.replace(SMALL, answers=4, min_codes=3).codes()
-    assert codes.shape == (4, 15) and codes.max() < 32
-    assert sorted(lens.tolist()) == [3, 7, 11, 15]
+    codes, lens = dataclasses.replace(SMALL, answers=4).codes()
+    assert codes.shape == (4, 13) and codes.max() < 32
+    assert sorted(lens.tolist()) == [4, 7, 10, 13]
