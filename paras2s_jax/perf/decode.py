@@ -45,7 +45,7 @@ POLICY = KimiAudioConfig(
 )
 
 
-def _reference(config: Qwen2Config) -> transformers.Qwen2ForCausalLM:
+def torch_qwen2(config: Qwen2Config) -> transformers.Qwen2ForCausalLM:
     """A random model of transformers that never ends an answer."""
     torch.manual_seed(0)
     settings = transformers.Qwen2Config(
@@ -79,7 +79,7 @@ def greedy(
 
     Our weights are laid out for decoding once, before the race, as torch's lie.
     """
-    reference, model = _reference(config), Qwen2LM(config)
+    reference, model = torch_qwen2(config), Qwen2LM(config)
     init = functools.partial(qwen2.init, model, jax.random.key(0))
     variables = shared_variables(model, reference, qwen2.rules(config), init)
     model, variables = decoding_form(model, variables)
@@ -173,7 +173,7 @@ def at_7b(
     per second, in units of the bytes that a copy moves per second.
     """
     with torch.device("cuda"):
-        reference = _reference(config).to(torch.bfloat16)
+        reference = torch_qwen2(config).to(torch.bfloat16)
     model = Qwen2LM(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     init = functools.partial(qwen2.init, model, jax.random.key(0))
     rules = qwen2.rules(config)

@@ -20,7 +20,7 @@ from paras2s_jax.models.bigvgan import BigVGAN, BigVGANConfig, log_mel
 from paras2s_jax.models.detokenizer import FlowMatchingDetokenizer
 from paras2s_jax.models.detokenizer_chunks import draw_noise, frame_mask
 from paras2s_jax.models.flow_matching import FlowMatchingConfig, FlowMatchingDiT
-from paras2s_jax.perf.race import Race, check_equal, compilations, pin, race
+from paras2s_jax.perf.race import Race, check_equal, pin, race, with_lengths
 from paras2s_jax.stages.registry import Figures
 
 DIT = FlowMatchingConfig(hidden_size=128, depth=4, num_heads=4, semantic_vocab_size=1024)
@@ -140,7 +140,7 @@ def one_by_one(detokenizer, codes, lens, keys) -> list[jax.Array]:
     return waves
 
 
-def measure(work: Work = Work(), repeats: int = 5) -> Race:
+def measure(work: Work, repeats: int = 5) -> Race:
     """Races the batch against streams and against whole answers, once all waves agree."""
     detokenizer, (codes, lens) = make(work), work.codes()
     keys = jax.random.split(jax.random.key(0), work.answers)
@@ -165,16 +165,13 @@ def measure(work: Work = Work(), repeats: int = 5) -> Race:
     )
     result = race("detokenize", ours, theirs, repeats=repeats)
     against_whole = race("detokenize", ours, whole, repeats=max(1, repeats // 2), warmup=1)
-    with compilations() as compiled:
-        for others in (lens[::-1].copy(), np.maximum(lens // 2, 1)):
-            jax.block_until_ready(ours(others))
     extra = {
         "whole_ratio": against_whole.ratio,
         "audio_s_per_s": len(together) / work.vocoder.sampling_rate / min(result.ours_s),
         "max_difference": difference,
         "level": float(np.sqrt(np.mean(np.square(together)))),
     }
-    return dataclasses.replace(result, compiled=result.compiled + len(compiled), extra=extra)
+    return with_lengths(result, ours, (lens[::-1].copy(), np.maximum(lens // 2, 1)), extra)
 
 
 def options(detokenizer: FlowMatchingDetokenizer) -> dict[str, FlowMatchingDetokenizer]:
@@ -194,7 +191,7 @@ def options(detokenizer: FlowMatchingDetokenizer) -> dict[str, FlowMatchingDetok
     return fewer | {"bfloat16": half}
 
 
-def approximations(work: Work = Work()) -> dict[str, float]:
+def approximations(work: Work) -> dict[str, float]:
     """What each option changes in answers of up to one chunk, against float32 and all steps.
 
     Returns: for each, `mel_error`: root mean square of the change in units of the mel's standard

@@ -5,20 +5,15 @@ sides from the same weights, prompts, group size and lengths. What surrounds the
 trains the speech policy: losses, advantages and updates of align and train.
 """
 
-import contextlib
 import dataclasses
-import os
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-import transformers
 
 from paras2s_jax.align.advantages import group_advantages
 from paras2s_jax.align.grpo import Settings, make_loss
@@ -26,32 +21,15 @@ from paras2s_jax.align.rollout import Experience
 from paras2s_jax.convert import qwen2
 from paras2s_jax.convert.rules import import_params
 from paras2s_jax.models.generate import generate
-from paras2s_jax.models.qwen2 import Qwen2Config, Qwen2LM, last_real
+from paras2s_jax.models.qwen2 import Qwen2LM, last_real
 from paras2s_jax.models.sampling import Sampling
-from paras2s_jax.perf.forward import QWEN2_47M
-from paras2s_jax.perf.race import Race, check_equal, compilations, pin, race
+from paras2s_jax.perf.decode import QWEN2_47M
+from paras2s_jax.perf.race import Laps, Race, check_equal, compilations, pin, race
+from paras2s_jax.perf.trl_step import ADAM_B2, CLIP_NORM, LR, TheirStep, Work, silent
 from paras2s_jax.stages.registry import Figures
 from paras2s_jax.train.optimizer import make_optimizer
 from paras2s_jax.train.state import TrainState, step_rng
 from paras2s_jax.train.step import make_update
-
-LR, CLIP_NORM, ADAM_B2 = 1e-6, 1.0, 0.999  # TRL's and transformers' defaults.
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """What a step has to do; the lengths are those of the paper's run with 15 s of answer.
-
-    prompts: P. group: G. prompt_len, answer_len: tokens of every prompt and answer, T and R.
-    beta: weight of the KL term to the reference.
-    """
-
-    config: Qwen2Config = QWEN2_47M
-    prompts: int = 1
-    group: int = 8
-    prompt_len: int = 160
-    answer_len: int = 190
-    beta: float = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,24 +93,6 @@ def even_share(tokens: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.sum((tokens % 2 == 0) & mask, axis=-1) / jnp.maximum(mask.sum(axis=-1), 1)
 
 
-class Laps:
-    """Seconds of named parts, one entry a call."""
-
-    def __init__(self):
-        self.seconds: dict[str, list[float]] = {}
-
-    def __call__(self, name: str, function: Callable, *args, **kwargs):
-        """Calls, waits for the result, and notes how long it took."""
-        start = time.perf_counter()
-        result = jax.block_until_ready(function(*args, **kwargs))
-        self.seconds.setdefault(name, []).append(time.perf_counter() - start)
-        return result
-
-    def best_ms(self, side: str) -> dict[str, float]:
-        """Fastest of each part."""
-        return {f"{side}_{name}_ms": 1e3 * min(times) for name, times in self.seconds.items()}
-
-
 class OurStep:
     """`step(state, prompt) -> (state, metrics)`, one program per phase."""
 
@@ -164,122 +124,6 @@ class OurStep:
         return self._laps("update", self._update, state, experience)
 
 
-class TheirStep:
-    """TRL's trainer, and one optimizer step of it as its training loop takes it.
-
-    Off is all that writes or reports, and the recomputing of activations, on in TRL unless told
-    otherwise, which would only make it slower.
-    """
-
-    def __init__(self, work: Work, ids: np.ndarray, folder: str, laps: Laps):
-        import datasets
-        import trl
-
-        reference = _torch_model(work.config)
-        reference.save_pretrained(folder)  # TRL reads the reference from there.
-        model = transformers.Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        with torch.no_grad():
-            for weights in model.parameters():
-                weights += 0.01 * torch.randn_like(weights)
-        prompts = [" ".join(f"w{i}" for i in row) for row in ids]
-        args = trl.GRPOConfig(
-            output_dir=str(Path(folder) / "unused"),
-            per_device_train_batch_size=work.prompts * work.group,
-            num_generations=work.group,
-            max_completion_length=work.answer_len,
-            beta=work.beta,
-            loss_type="grpo",
-            use_bias_correction_kl=False,
-            learning_rate=LR,
-            lr_scheduler_type="constant",
-            max_grad_norm=CLIP_NORM,
-            adam_beta2=ADAM_B2,
-            bf16=False,
-            use_cpu=True,
-            gradient_checkpointing=False,
-            report_to="none",
-            save_strategy="no",
-            logging_strategy="no",
-            disable_tqdm=True,
-        )
-        self.trainer = trl.GRPOTrainer(
-            model=model,
-            reward_funcs=_even_share,
-            args=args,
-            train_dataset=datasets.Dataset.from_dict({"prompt": prompts}),
-            processing_class=_word_tokenizer(work.config.vocab_size),
-        )
-        self.trainer.create_optimizer_and_scheduler(num_training_steps=1)
-        self.trainer.current_gradient_accumulation_steps = 1
-        self._rows = [{"prompt": text} for text in prompts for _ in range(work.group)]
-        for part, method in (
-            ("rollout", "_generate_single_turn"),
-            ("experience", "_generate_and_score_completions"),
-        ):
-            self._note(laps, part, method)
-
-    def _note(self, laps: Laps, part: str, method: str) -> None:
-        inner = getattr(self.trainer, method)
-        setattr(self.trainer, method, lambda *args, **kwargs: laps(part, inner, *args, **kwargs))
-
-    def sample(self) -> dict[str, torch.Tensor]:
-        """A batch that the loss takes: TRL's own answers, scored."""
-        self.trainer.model.train()
-        return self.trainer._generate_and_score_completions(list(self._rows))
-
-    def loss_and_gradients(self, batch) -> tuple[float, dict[str, np.ndarray]]:
-        """The loss of a batch and its gradient by parameter."""
-        model = self.trainer.model
-        loss = self.trainer.compute_loss(model, batch)
-        loss.backward()
-        gradients = {name: w.grad.numpy().copy() for name, w in model.named_parameters()}
-        model.zero_grad()
-        return loss.item(), gradients
-
-    def __call__(self) -> torch.Tensor:
-        trainer, model = self.trainer, self.trainer.model
-        loss = trainer.training_step(model, list(self._rows), None)
-        trainer.accelerator.clip_grad_norm_(model.parameters(), CLIP_NORM)
-        trainer.optimizer.step()
-        trainer.lr_scheduler.step()
-        model.zero_grad()
-        return loss
-
-
-def _even_share(completion_ids, **_) -> list[float]:
-    return [sum(i % 2 == 0 for i in ids) / len(ids) for ids in completion_ids]
-
-
-def _torch_model(config: Qwen2Config) -> transformers.Qwen2ForCausalLM:
-    torch.manual_seed(0)
-    settings = transformers.Qwen2Config(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        tie_word_embeddings=config.tie_word_embeddings,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return transformers.Qwen2ForCausalLM(settings)
-
-
-def _word_tokenizer(vocab_size: int) -> transformers.PreTrainedTokenizerFast:
-    """Word "w7" has id 7. The end of an answer has an id that the model cannot name."""
-    import tokenizers
-
-    words = {f"w{i}": i for i in range(vocab_size + 1)}
-    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
-    model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=model, pad_token="w0", eos_token=f"w{vocab_size}"
-    )
-
-
 def _as_params(model: Qwen2LM, tensors: Mapping[str, np.ndarray]) -> dict:
     """Weights, or gradients, by torch's names as a tree of ours."""
     shapes = nn.meta.unbox(jax.eval_shape(lambda: qwen2.init(model, jax.random.key(0))))["params"]
@@ -289,20 +133,6 @@ def _as_params(model: Qwen2LM, tensors: Mapping[str, np.ndarray]) -> dict:
 
 def _weights(module: torch.nn.Module) -> dict[str, np.ndarray]:
     return {name: value.detach().numpy() for name, value in module.state_dict().items()}
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Without TRL's report home, which it leaves out where CI is set, and without progress bars."""
-    before = os.environ.get("CI")
-    os.environ["CI"] = "1"
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        os.environ.pop("CI")
-        if before is not None:
-            os.environ["CI"] = before
 
 
 def agree(ours: OurStep, theirs: TheirStep, variables: Mapping, prompt) -> dict[str, float]:
@@ -358,13 +188,13 @@ def _recompilations(policy: TextPolicy, reference, state: TrainState, work: Work
     return len(compiled)
 
 
-def measure(work: Work = Work(), repeats: int = 5) -> Race:
+def measure(work: Work, repeats: int = 5) -> Race:
     """Races a step of ours against one of TRL's, once their answers are known to agree."""
     shape = (work.prompts, work.prompt_len)
     ids = np.random.default_rng(0).integers(1, work.config.vocab_size, shape).astype(np.int32)
     prompt = {"ids": ids, "mask": np.ones(shape, bool)}
     our_laps, their_laps = Laps(), Laps()
-    with _silent(), tempfile.TemporaryDirectory() as folder:
+    with silent(), tempfile.TemporaryDirectory() as folder:
         theirs = TheirStep(work, ids, folder, their_laps)
     policy = TextPolicy(Qwen2LM(work.config), work.answer_len)
     variables = {"params": _as_params(policy.model, _weights(theirs.trainer.model))}

@@ -112,6 +112,24 @@ def shared_variables(
     return {"params": jax.tree.map(jnp.asarray, params)}
 
 
+class Laps:
+    """Seconds of named parts, one entry a call."""
+
+    def __init__(self):
+        self.seconds: dict[str, list[float]] = {}
+
+    def __call__(self, name: str, function: Callable, *args, **kwargs):
+        """Calls, waits for the result, and notes how long it took."""
+        start = time.perf_counter()
+        result = jax.block_until_ready(function(*args, **kwargs))
+        self.seconds.setdefault(name, []).append(time.perf_counter() - start)
+        return result
+
+    def best_ms(self, side: str) -> dict[str, float]:
+        """Fastest of each part."""
+        return {f"{side}_{name}_ms": 1e3 * min(times) for name, times in self.seconds.items()}
+
+
 @contextlib.contextmanager
 def compilations() -> Iterator[list[str]]:
     """A list that fills with one entry per program that is compiled inside the block."""

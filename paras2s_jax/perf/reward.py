@@ -12,7 +12,7 @@ from paras2s_jax.models.qwen2 import Qwen2Config
 from paras2s_jax.models.qwen2_audio import Qwen2Audio, Qwen2AudioConfig
 from paras2s_jax.models.whisper_layers import WhisperConfig
 from paras2s_jax.perf.forward import WHISPER_TINY
-from paras2s_jax.perf.race import Race, check_equal, compilations, pin, race
+from paras2s_jax.perf.race import Race, check_equal, pin, race, with_lengths
 from paras2s_jax.stages.registry import Figures
 
 TEXT = Qwen2Config(600, 384, 1024, 6, 6, 2)
@@ -32,7 +32,7 @@ class Work:
     answer_s: float = 15.0
 
 
-def measure(work: Work = Work(), repeats: int = 5) -> Race:
+def measure(work: Work, repeats: int = 5) -> Race:
     """Races `RewardModel` on whole groups against itself on pairs, once their logits agree."""
     model = Qwen2Audio(Qwen2AudioConfig(work.audio, work.text, work.text.vocab_size - 1))
     judge = RewardModel(model, PROMPT)
@@ -62,16 +62,13 @@ def measure(work: Work = Work(), repeats: int = 5) -> Race:
 
     difference = check_equal("reward", grouped().reshape(-1), pairwise().reshape(-1), 1e-3)
     result = race("reward", grouped, pairwise, repeats=repeats)
-    with compilations() as compiled:
-        for share in (2, 3):
-            jax.block_until_ready(grouped(answer_lens // share))
     scores = work.prompts * work.group
     extra = {
         "scores_per_s": scores / min(result.ours_s),
         "pairwise_scores_per_s": scores / min(result.theirs_s),
         "max_difference": difference,
     }
-    return dataclasses.replace(result, compiled=result.compiled + len(compiled), extra=extra)
+    return with_lengths(result, grouped, [answer_lens // share for share in (2, 3)], extra)
 
 
 def run(prompts: int = 1, group: int = 8, threads: int = 1) -> Figures:

@@ -52,3 +52,10 @@ def test_answers_that_differ_stop_the_race():
         race.check_equal("x", np.array([np.nan]), np.ones(1), 0.1)
     with pytest.raises(race.RaceError, match=r"shapes \(3,\) and \(2,\)"):
         race.check_equal("x", np.ones(3), np.ones(2), 0.1)
+
+
+def test_laps_keep_the_fastest_of_each_part():
+    laps = race.Laps()
+    assert laps("double", lambda x: 2 * x, 3) == 6
+    laps.seconds = {"double": [0.5, 0.25], "halve": [1.0]}
+    assert laps.best_ms("ours") == {"ours_double_ms": 250.0, "ours_halve_ms": 1000.0}
