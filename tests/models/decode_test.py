@@ -164,11 +164,13 @@ def test_halved_batches_give_the_same_answers(variables, prompt, monkeypatch):
         run(3)
 
 
-def test_scanned_layers_draw_the_same(variables, prompt, rollout, monkeypatch):
-    # As on other platforms; jitted anew.
-    monkeypatch.setattr(unrolled, "target", lambda: ("tpu", 1))
-    run = functools.partial(decode.generate, MODEL, group_size=4, max_steps=STEPS)
+def test_unrolled_layers_draw_the_same(variables, prompt, rollout, monkeypatch):
+    monkeypatch.setattr(unrolled, "SMALL_BYTES", 0)
+    run = functools.partial(decode.generate, MODEL, group_size=4, max_steps=STEPS, halvings=1)
     run = functools.partial(run, text=DRAW, audio=DRAW)
+    assert "layers_1" in jax.jit(run).lower(variables, prompt, jax.random.key(3)).as_text(
+        debug_info=True
+    )
     got = jax.jit(run)(variables, prompt, jax.random.key(3))
     np.testing.assert_array_equal(got.audio_ids, rollout.audio_ids)
     np.testing.assert_array_equal(got.text_ids, rollout.text_ids)

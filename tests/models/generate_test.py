@@ -123,24 +123,20 @@ def test_padding_may_stand_anywhere(small):
     np.testing.assert_array_equal(one.tokens[0], want.tokens[1])
 
 
-def test_scanned_layers_write_the_same(small, monkeypatch):
-    _, model, variables = small
-    settings = {"input_ids": IDS, "max_new_tokens": 6}
-    want = generate(model, variables, **settings)
-    # As on other platforms; another model, so that it is traced anew.
-    monkeypatch.setattr(unrolled, "target", lambda: ("tpu", 1))
-    got = generate(model.clone(scan_unroll=2), variables, **settings)
-    np.testing.assert_array_equal(got.tokens, want.tokens)
-
-
 @pytest.mark.parametrize("group_size", [1, 2])
-def test_the_form_for_decoding_can_be_made_once(small, group_size):
+def test_unrolled_layers_write_the_same(small, monkeypatch, group_size):
     _, model, variables = small
     settings = {"input_ids": IDS, "max_new_tokens": 6, "group_size": group_size}
     want = generate(model, variables, **settings)
+    assert decoding_form(model, variables) == (model, variables)  # too small to gain by it
+    monkeypatch.setattr(unrolled, "SMALL_BYTES", 0)
     form = decoding_form(model, variables)
     assert form[0].unrolled and decoding_form(*form) == form
-    np.testing.assert_array_equal(generate(*form, **settings).tokens, want.tokens)
+    # Brought there in the call (by another model, so that it is traced anew), or before it.
+    for made in ((model.clone(scan_unroll=2), variables), form):
+        np.testing.assert_array_equal(generate(*made, **settings).tokens, want.tokens)
+    monkeypatch.setattr(unrolled, "target", lambda: ("cpu", 8))
+    assert not decoding_form(model, variables)[0].unrolled
 
 
 def test_rows_end_at_their_end_token_and_stay_finished(small):
