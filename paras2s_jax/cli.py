@@ -8,7 +8,7 @@ import re
 import runpy
 import sys
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 # TensorFlow only feeds data here: its start-up notices help nobody.
@@ -19,7 +19,7 @@ from ml_collections import ConfigDict, config_flags
 
 from paras2s_jax import allocator
 from paras2s_jax.perf import registry as perf
-from paras2s_jax.stages.commands import COMMANDS, UsageError
+from paras2s_jax.stages.commands import COMMANDS, Command, UsageError
 
 USAGE = """paras2s STAGE --config=configs/X.py [--workdir=DIR] [--config.key=value …]
 paras2s COMMAND [--flag=value …]
@@ -81,6 +81,7 @@ def _user_errors() -> tuple[type[Exception], ...]:
     from paras2s_jax.data.records import RecordError
     from paras2s_jax.data.tiktoken_vocabulary import VocabularyError
     from paras2s_jax.judge.ledger import LedgerError
+    from paras2s_jax.plan.hardware import PlanError
     from paras2s_jax.stages.registry import StageError
     from paras2s_jax.train.checkpoint import CheckpointError
     from paras2s_jax.train.distributed import DistributedError
@@ -94,6 +95,7 @@ def _user_errors() -> tuple[type[Exception], ...]:
         DistributedError,
         LedgerError,
         ManifestError,
+        PlanError,
         RecordError,
         StageError,
         TrainingError,
@@ -209,6 +211,14 @@ def parse(argv: list[str]) -> tuple[ConfigDict, str, dict[str, object]]:
     Raises:
         flags.Error: a flag, key, type or file is wrong; one sentence says which.
     """
+    values, workdir = _parse(argv, _define_distributed)
+    return values.config, workdir, _distributed_settings(values)
+
+
+def _parse(
+    argv: list[str], define: Callable[[flags.FlagValues], None]
+) -> tuple[flags.FlagValues, str]:
+    """Config with its overrides, workdir and the flags that `define` adds; the workdir apart."""
     values = flags.FlagValues()
     flags.DEFINE_string("config", None, "Experiment file.", flag_values=values)
     values.set_gnu_getopt()
@@ -225,7 +235,7 @@ def parse(argv: list[str]) -> tuple[ConfigDict, str, dict[str, object]]:
     overrides = flags.FlagValues()
     config_flags.DEFINE_config_dict("config", config, flag_values=overrides, sys_argv=rest)
     flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=overrides)
-    _define_distributed(overrides)
+    define(overrides)
     overrides.set_gnu_getopt()
     try:
         stray = overrides(rest)[1:]
@@ -240,7 +250,15 @@ def parse(argv: list[str]) -> tuple[ConfigDict, str, dict[str, object]]:
             _check_tuple(key, leaves[key], made[key])
     stem = re.sub(r"\.py(:|$)", r"\1", os.path.basename(values.config)).strip(":")
     workdir = overrides.workdir or os.path.join("runs", stem.replace(":", "_"))
-    return overrides.config, workdir, _distributed_settings(overrides)
+    return overrides, workdir
+
+
+def _arguments(command: Command, argv: list[str]) -> dict[str, object]:
+    """Keyword arguments of a command or measure, from what follows its name."""
+    if not command.takes_config:
+        return command.parse(argv)
+    values, workdir = _parse([command.name, *argv], command.define)
+    return {"config": values.config, "workdir": workdir} | command.given(values)
 
 
 def _stage_name(argument: str, stages: Mapping) -> str:
@@ -294,7 +312,8 @@ def _run_measure(argv: list[str]) -> None:
         near = difflib.get_close_matches(argv[2], perf.MEASURES, n=1) if len(argv) > 2 else []
         known = _did_you_mean(near) or f"; there are {', '.join(perf.MEASURES)}."
         raise UsageError(f"{given}{known}")
-    perf.run(perf.MEASURES[argv[2]], argv[3:])
+    measure = perf.MEASURES[argv[2]]
+    perf.run(measure, _arguments(measure, argv[3:]))
 
 
 def _run(argv: list[str]) -> None:
@@ -302,7 +321,7 @@ def _run(argv: list[str]) -> None:
         _run_measure(argv)
     elif argv[1] in COMMANDS:
         command = COMMANDS[argv[1]]
-        command.run(**command.parse(argv[2:]))
+        command.run(**_arguments(command, argv[2:]))
     else:
         _run_stage(argv)
 

@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 FILES = sorted(ROOT.rglob("*.py"))
 # Data flows down this list; imports point up it.
 ORDER = (
-    "audio", "data", "models", "convert", "train", "judge", "align", "bench", "stages", "perf",
-    "allocator", "cli",
+    "audio", "data", "models", "convert", "train", "judge", "align", "bench", "stages", "plan",
+    "perf", "allocator", "cli",
 )  # fmt: skip
 # The bench measures what align made, but must be usable without it.
 NEVER = {("bench", "align")}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from paras2s_jax.stages.commands import Command, Flag
@@ -90,20 +90,27 @@ MEASURES: dict[str, Command] = {
             ),
             Lazy("paras2s_jax.perf.forward", "run"),
         ),
+        Command(
+            "plan",
+            "decode loop and update as compiled for a slice, of few layers: copies, collectives",
+            (
+                Flag("layers", "of each of three stacks; 0: as many as the config says", 2, int),
+            ),
+            Lazy("paras2s_jax.perf.plan", "run"),
+            takes_config=True,
+        ),
     )
 }
 
 
-def run(measure: Command, argv: Sequence[str]) -> Figures:
-    """Runs one measure with flags from the command line; writes and prints its figures.
-
-    Raises:
-        flags.Error: a flag is unknown or ill-formed.
-    """
-    values = measure.parse(argv)
+def run(measure: Command, values: Mapping[str, object]) -> Figures:
+    """Runs one measure with the values of its flags; writes and prints its figures."""
+    values = dict(values)
     folder = Path(str(values.pop(WORKDIR.name))) / measure.name
     commit, started = source_commit(), time.monotonic()
     print(f"▶ perf {measure.name}: {measure.help}", flush=True)
     figures = measure.run(**values)
-    finish(folder, f"perf {measure.name}", dict(values), commit, started, figures)
+    config = values.get("config")
+    shown = values if config is None else values | {"config": config.to_dict()}
+    finish(folder, f"perf {measure.name}", shown, commit, started, figures)
     return figures

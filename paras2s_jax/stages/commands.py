@@ -72,18 +72,23 @@ class Command:
         help: one line for `paras2s --help`.
         flags: its flags, in the order of the help.
         run: called with one keyword argument per flag.
+        takes_config: whether it is given a config and a workdir as a stage is, besides; `run` then
+            gets them as `config` and `workdir`.
     """
 
     name: str
     help: str
     flags: tuple[Flag, ...]
     run: Callable[..., object]
+    takes_config: bool = False
 
     def usage(self, prefix: str = "paras2s") -> str:
         """The text of `--help`."""
         width = max(len(flag.name) for flag in self.flags)
         rows = [f"  --{flag.name:<{width}}  {flag.help}" for flag in self.flags]
-        line = " ".join([prefix, self.name, *(flag.usage for flag in self.flags)])
+        config = ["--config=FILE[:ARG] [--workdir=DIR] [--config.key=value …]"]
+        given = config if self.takes_config else []
+        line = " ".join([prefix, self.name, *given, *(flag.usage for flag in self.flags)])
         return "\n".join([line, "", self.help, "", "flags:", *rows])
 
     def parse(self, argv: Sequence[str]) -> dict[str, object]:
@@ -95,12 +100,24 @@ class Command:
             flags.Error: a flag is unknown, missing or ill-formed; one sentence says which.
         """
         values = flags.FlagValues()
-        for flag in self.flags:
-            flag.define(values)
+        self.define(values)
         values.set_gnu_getopt()
         stray = values([self.name, *argv])[1:]
         if stray:
             raise UsageError(f"unexpected argument {stray[0]!r}: {self.usage().splitlines()[0]}")
+        return self.given(values)
+
+    def define(self, values: flags.FlagValues) -> None:
+        """Adds its flags to a set of absl flags."""
+        for flag in self.flags:
+            flag.define(values)
+
+    def given(self, values: flags.FlagValues) -> dict[str, object]:
+        """Its flags as keyword arguments of `run`, from a set that has parsed them.
+
+        Raises:
+            UsageError: one is missing.
+        """
         given = {flag: values[flag.name].value for flag in self.flags}
         for flag, value in given.items():
             if flag.default is REQUIRED and value in (None, ""):
@@ -159,6 +176,24 @@ COMMANDS: dict[str, Command] = {
                 ),
             ),
             Lazy("paras2s_jax.stages.respond", "run"),
+        ),
+        Command(
+            "compile",
+            "what a stage needs on a slice of chips that need not be there: memory, time, price",
+            (
+                Flag(
+                    "stage",
+                    "whose step is planned",
+                    "grpo",
+                    choices=("grpo", "sft", "distill", "respond"),
+                ),
+                Flag("phases", "which of them to compile, with commas between; by default all", ""),
+                Flag("efficiency", "floor / time that is expected of a step", 0.4, float),
+                Flag("chip_hour_price", "price of a chip for an hour; 0: not given", 0.0, float),
+                Flag("judge_price", "price of 1000 calls of the judge; 0: not given", 0.0, float),
+            ),
+            Lazy("paras2s_jax.plan.compile", "run"),
+            takes_config=True,
         ),
     )
 }

@@ -157,3 +157,10 @@ def test_mirrored_rows_are_what_the_extractor_gives_them_alone():
         alone, _ = log_mel(waves[row : row + 1, :size].astype(np.float32))
         np.testing.assert_allclose(mirrored[row, : size // 160], alone[0], atol=1e-5)
         assert not mirrored[row, size // 160 :].any()
+
+
+@pytest.mark.parametrize("size", [400, 25])
+def test_the_transform_as_products_is_that_by_fft(size):
+    framed = np.random.default_rng(0).normal(size=(3, 7, size)).astype(np.float32)
+    ours, fft = mel._power_by_products(framed), mel._power_by_fft(framed)
+    np.testing.assert_allclose(ours, fft, rtol=1e-4, atol=1e-3)
