@@ -21,19 +21,34 @@ from paras2s_jax.models import axes
 
 DEFAULT = "v5p-4x4x4"
 
-# Meshes over the same devices, data x fsdp x tensor: of training, and of decoding, where weights
-# are spread over tensor alone. accum: micro-batches of a GRPO update. Of these, prompts must divide
+# Meshes over the same devices, data x fsdp x tensor: of training, and of decoding, where no weight
+# is gathered. accum: micro-batches of a GRPO update. Of these, prompts must divide
 # over data, and all their answers over data x fsdp; 28 query heads, 4 key heads, a hidden width of
 # 2^9 * 37 and a vocabulary of 2^9 * 329 over the tensor axis of training.
 TOPOLOGIES = {
-    "v5e-8x8": dict(mesh=(8, 2, 4), decode_mesh=(1, 8, 8), accum=4),
-    "v5e-16x16": dict(mesh=(32, 2, 4), decode_mesh=(1, 16, 16), accum=1),
-    "v5p-4x4x4": dict(mesh=(1, 16, 4), decode_mesh=(1, 8, 8), accum=1),
-    "v6e-8x8": dict(mesh=(1, 16, 4), decode_mesh=(1, 8, 8), accum=1),
+    "v5e-8x8": dict(mesh=(8, 2, 4), decode_mesh=(2, 8, 4), accum=4),
+    "v5e-16x16": dict(mesh=(32, 2, 4), decode_mesh=(4, 16, 4), accum=1),
+    "v5p-4x4x4": dict(mesh=(1, 16, 4), decode_mesh=(2, 8, 4), accum=1),
+    "v6e-8x8": dict(mesh=(1, 16, 4), decode_mesh=(2, 8, 4), accum=1),
     "h100-8": dict(mesh=(1, 8, 1), decode_mesh=(1, 8, 1), accum=4),
 }
 # As everywhere, but every large matrix is spread over all devices, whatever the batch lies over.
 RULES = ((axes.EMBED, ("data", "fsdp")), *axes.TRAIN_RULES[1:])
+# Four key heads let attention be split four ways; MLP and vocabulary are split further, over data
+# too. So a step exchanges nothing but the two sums of each layer.
+_WIDE = ("data", "tensor")
+DECODE_RULES = (
+    (axes.MLP, _WIDE),
+    (axes.HEADS, "tensor"),
+    (axes.KV_HEADS, "tensor"),
+    (axes.VOCAB, _WIDE),
+    (axes.ACT_BATCH, "fsdp"),
+    (axes.ACT_ATTN_BATCH, ("fsdp", "data")),
+    (axes.ACT_MLP, _WIDE),
+    (axes.ACT_HEADS, "tensor"),
+    (axes.ACT_KV_HEADS, "tensor"),
+    (axes.ACT_VOCAB, _WIDE),
+)
 
 # Longest query and longest answer. With its 5 tokens around it a query fills 160 positions; the
 # answer's 375 codes start 6 steps late and end with one more.
@@ -60,7 +75,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     c.topology = topology
     c.mesh = _mesh(shapes["mesh"])
     c.decode_mesh = _mesh(shapes["decode_mesh"])
-    c.rules, c.decode_rules = RULES, axes.DECODE_RULES
+    c.rules, c.decode_rules = RULES, DECODE_RULES
 
     # queries.jsonl and demonstrations.jsonl (data/records.py), wavs relative to the folder.
     c.data = ConfigDict(dict(folder="data/paras2s"))

@@ -9,6 +9,8 @@ from tempfile import TemporaryDirectory
 
 from ml_collections import ConfigDict
 
+from paras2s_jax.models import axes
+from paras2s_jax.models.placement import axes_of, dividing
 from paras2s_jax.plan import aot, hlo, reading
 from paras2s_jax.plan.counts import kv_bytes_per_token, num_layers
 from paras2s_jax.plan.hardware import topology_of
@@ -59,14 +61,14 @@ def read_decode(config: ConfigDict, made: aot.Compiled, program: hlo.Program) ->
     sizes, steps = sizes_of(config), config.policy.max_steps
     rows = config.grpo.num_prompts * config.grpo.group_size
     devices = math.prod(config.decode_mesh.to_dict().values())
-    ways = _ways(config.decode_mesh, config.decode_rules, rows)
+    ways = _ways(config, rows)
     item = UNITS[config.policy.dtype]
     answers = kv_bytes_per_token(sizes.policy, item) * rows * steps / ways
     # Prompts are run once for their group, and are too few for all devices.
     prompts = config.grpo.num_prompts
     heard = prompt_tokens(max(config.grpo.len_buckets_s)) * prompts
     heard *= kv_bytes_per_token(sizes.policy, item)
-    cache = answers + heard / _ways(config.decode_mesh, config.decode_rules, prompts)
+    cache = answers + heard / _ways(config, prompts)
     layers, body = num_layers(sizes.policy), reading.decode_body(program, steps)
     shortest = min(sizes.policy.stack_sizes.values())
     one_stack = round(answers / 2 * shortest / layers)
@@ -86,13 +88,15 @@ def read_decode(config: ConfigDict, made: aot.Compiled, program: hlo.Program) ->
     }
 
 
-def _ways(mesh: ConfigDict, rules, rows: int) -> int:
-    """Over how many devices the cache's rows are spread."""
-    names = dict(rules).get("act_attn_batch") or ()
-    names, ways = ((names,) if isinstance(names, str) else names), 1
-    for name in names:
-        if rows % (ways * mesh[name]) == 0:
-            ways *= mesh[name]
+def _ways(config: ConfigDict, rows: int) -> int:
+    """Over how many devices keys and values of so many rows are spread, by rows and by heads."""
+    mesh, rules = config.decode_mesh, dict(config.decode_rules)
+    ways = 1
+    for size, name in (
+        (rows, axes.ACT_ATTN_BATCH),
+        (sizes_of(config).policy.num_key_value_heads, axes.ACT_KV_HEADS),
+    ):
+        ways *= math.prod(mesh[axis] for axis in dividing(axes_of(rules.get(name)), size, mesh))
     return ways
 
 

@@ -13,6 +13,7 @@ import math
 
 from paras2s_jax.data.audio_chat import num_slots
 from paras2s_jax.models.bigvgan import EDGE_KERNEL, BigVGANConfig
+from paras2s_jax.models.detokenizer_chunks import window_plan
 from paras2s_jax.models.flow_matching import FRAMES_PER_CODE, TIME_DIM, FlowMatchingConfig
 from paras2s_jax.models.kimi_audio import KimiAudioConfig
 from paras2s_jax.models.qwen2 import Qwen2Config
@@ -24,7 +25,6 @@ CODE_HZ, MEL_HZ, RATE_HZ = 12.5, 100, 16_000
 # Of AdamW in float32: reads parameter, both moments and gradient, writes all but the gradient, and
 # reads or writes a bfloat16 gradient once more on the way (performance floor of the optimizer).
 OPTIMIZER_BYTES = 30
-SAVED_LAYER_INPUTS = 1
 
 
 # Language model.
@@ -159,28 +159,39 @@ def dit_flops(c: FlowMatchingConfig, rows: float, codes: float, past: float = 0.
     return rows * (c.depth * (frames * per_frame + codes * per_code) + ends)
 
 
+@dataclasses.dataclass(frozen=True)
+class Chunks:
+    """How answers are detokenized piece by piece; names as FlowMatchingDetokenizer's fields."""
+
+    first: int
+    chunk: int
+    look_ahead: int
+    max_kv: int
+
+    def windows(self, codes: int) -> list[tuple[int, int]]:
+        """(codes, earlier frames seen) of every window that answers of `codes` codes take."""
+        found = [(min(self.first, codes), 0)]
+        count = math.ceil((codes - self.first) / self.chunk)
+        kept = (FRAMES_PER_CODE * size for size in (self.first - self.look_ahead, self.chunk))
+        for begin, end, past in window_plan(count, *kept, self.max_kv):
+            found += [(self.look_ahead + self.chunk, past)] * (end - begin)
+        return found
+
+
 def solve_flops(
-    c: FlowMatchingConfig,
-    rows: float,
-    codes: int,
-    evaluations: int,
-    chunks: tuple[int, int, int, int] | None,
+    c: FlowMatchingConfig, rows: float, codes: int, evaluations: int, chunks: Chunks | None
 ) -> float:
     """All evaluations for rows of `codes`.
 
-    chunks: codes of the first chunk, of later ones, looked ahead, and frames looked back to; every
-    window solves what the last one held back anew, and what it keeps runs once more for its keys.
-    None: whole answers at once.
+    chunks: every window solves what the last one held back anew, and what it keeps runs once more
+    for its keys. None: whole answers at once.
     """
-    if chunks is None or codes <= chunks[0]:
+    if chunks is None or codes <= chunks.first:
         return evaluations * dit_flops(c, rows, codes)
-    first, chunk, ahead, reach = chunks
-    count = math.ceil((codes - first) / chunk)
-    windows = [(first, 0)] + [(chunk + ahead, reach)] * count
     total = 0.0
-    for size, past in windows:
+    for size, past in chunks.windows(codes):
         total += evaluations * dit_flops(c, rows, size, past)
-        total += dit_flops(c, rows, size - ahead, past)
+        total += dit_flops(c, rows, size - chunks.look_ahead, past)
     return total
 
 

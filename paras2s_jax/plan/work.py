@@ -8,10 +8,11 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
+from paras2s_jax.models import axes
 from paras2s_jax.models.detokenizer import FlowMatchingDetokenizer
-from paras2s_jax.models.flow_matching import time_points
+from paras2s_jax.models.flow_matching import FRAMES_PER_CODE, time_points
 from paras2s_jax.plan import counts
-from paras2s_jax.plan.counts import CODE_HZ, MEL_HZ
+from paras2s_jax.plan.counts import CODE_HZ, MEL_HZ, Chunks
 from paras2s_jax.plan.sizes import Sizes
 
 AROUND_QUERY = 5  # Tokens of a prompt beside the query's codes (models.kimi_layout.audio_prompt).
@@ -38,9 +39,10 @@ class Shape:
     """Sizes of a step and of the meshes it runs on.
 
     prompts: P. group: G. prompt, answer: tokens of a query's prompt and of an answer. query_s,
-    answer_s: seconds of padded waves. devices: all of them. tensor, decode_tensor: over how many
-    the matrices are split for good in training and in decoding. trainable: share of the policy's
-    weights that is trained; accum_steps: micro-batches.
+    answer_s: seconds of padded waves. devices: all of them. tensor: over how many matrices are
+    split for good in training; decode_tensor, decode_heads: in decoding, those of attention apart.
+    trained_params: numbers that the optimizer updates; full: whether they are all weights.
+    chunked_logp: whether heads run again in a backward pass. accum_steps: micro-batches.
     """
 
     prompts: int
@@ -52,13 +54,14 @@ class Shape:
     devices: int
     tensor: int
     decode_tensor: int
+    decode_heads: int
     accum_steps: int
     trained_params: float
     full: bool
     remat: str
     chunked_logp: bool
     ode_steps: int
-    chunks: tuple[int, int, int, int] | None
+    chunks: Chunks | None
 
     @property
     def rows(self) -> int:
@@ -112,10 +115,13 @@ def rollout(sizes: Sizes, s: Shape) -> Phase:
     """Prompts once per group, then every step reads all weights and all keys and values."""
     c = sizes.policy
     flops = counts.kimi_flops(c, s.prompts, s.group, s.prompt, s.answer)
-    weights = counts.num_layers(c) * counts.layer_weights(c.decoder) + counts.head_weights(c)
+    layers = counts.num_layers(c)
+    mlp = layers * 3 * c.hidden_size * c.intermediate_size
+    attention = layers * counts.layer_weights(c.decoder) - mlp
+    rest = mlp + counts.head_weights(c)
     kv = counts.kv_bytes_per_token(c, BF16)
     read = s.prompts * s.prompt + s.rows * s.answer / 2
-    step = BF16 * weights / s.decode_tensor + kv * read / s.devices
+    step = BF16 * (attention / s.decode_heads + rest / s.decode_tensor) + kv * read / s.devices
     return Phase(flops, (s.answer + 1) * step)
 
 
@@ -123,16 +129,11 @@ def speak(sizes: Sizes, s: Shape) -> Phase:
     """Codes of all answers -> mel frames -> waves."""
     evaluations = len(time_points(s.ode_steps, "neural_ode_euler")[0])
     flops = counts.solve_flops(sizes.dit, s.rows, s.answer, evaluations, s.chunks)
-    frames = 4 * s.answer
-    windows = 1
-    if s.chunks is not None:
-        first, chunk, ahead, _ = s.chunks
-        windows = 1 + max(0, math.ceil((s.answer - first) / chunk))
-        frames = frames * (chunk + ahead) / chunk
+    windows = [s.answer] if s.chunks is None else [n for n, _ in s.chunks.windows(s.answer)]
+    frames = FRAMES_PER_CODE * sum(windows)
     flops += counts.vocoder_flops(sizes.vocoder, s.rows, frames)
-    passes = windows * evaluations
-    weights = passes * counts.dit_params(sizes.dit) + windows * counts.vocoder_params(sizes.vocoder)
-    return Phase(flops, BF16 * weights / s.tensor)
+    weights = evaluations * counts.dit_params(sizes.dit) + counts.vocoder_params(sizes.vocoder)
+    return Phase(flops, len(windows) * BF16 * weights / s.tensor)
 
 
 def reward(sizes: Sizes, s: Shape) -> Phase:
@@ -188,13 +189,20 @@ def prompt_tokens(query_s: float) -> int:
     return math.ceil(query_s * CODE_HZ) + AROUND_QUERY
 
 
+def ways(mesh: ConfigDict, rules, name: str) -> int:
+    """Over how many devices a logical axis is spread."""
+    names = dict(rules).get(name) or ()
+    return math.prod(mesh[axis] for axis in ((names,) if isinstance(names, str) else names))
+
+
 def shape_of(config: ConfigDict, stage: str, trained_params: float) -> Shape:
     """The sizes of a step of a stage. trained_params: how many numbers the optimizer updates."""
     c, policy = config[stage if stage != "respond" else "distill"], config.policy
     train, decode = config.mesh, config.decode_mesh
     fields = dataclasses.fields(FlowMatchingDetokenizer)
     detokenizer = {field.name: field.default for field in fields} | policy.detokenizer.to_dict()
-    chunks = tuple(detokenizer[name] for name in ("first", "chunk", "look_ahead", "max_kv"))
+    names = [field.name for field in dataclasses.fields(Chunks)]
+    chunks = Chunks(**{name: detokenizer[name] for name in names})
     spoken_s = policy.max_steps / CODE_HZ
     if stage == "grpo":
         sizes = (c.num_prompts, c.group_size, max(c.len_buckets_s), spoken_s)
@@ -214,7 +222,8 @@ def shape_of(config: ConfigDict, stage: str, trained_params: float) -> Shape:
         answer_s=answer_s,
         devices=math.prod(train.to_dict().values()),
         tensor=train.tensor,
-        decode_tensor=decode.tensor,
+        decode_tensor=ways(decode, config.decode_rules, axes.MLP),
+        decode_heads=ways(decode, config.decode_rules, axes.HEADS),
         accum_steps=c.accum_steps if stage != "respond" else 1,
         trained_params=trained_params,
         full=not policy.lora.rank,

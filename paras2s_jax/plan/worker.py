@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import resource
 import sys
 import time
@@ -50,11 +51,29 @@ def describe(programs: Programs) -> dict:
     }
 
 
+def needed_bytes(message: str) -> int | None:
+    """How much memory a program that does not fit would take, by the compiler's complaint.
+
+    None if it complains of something else.
+    """
+    found = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
+    return found and round(float(found.group(1)) * 1024 ** ("KMGT".index(found.group(2)) + 1))
+
+
 def compile_phase(programs: Programs, phase: str, folder: Path) -> Compiled:
     """Compiles one phase and reads what came of it."""
     call = programs.call(phase)
+    given, others = programs.arguments(call), programs.others(call)
     started = time.monotonic()
-    compiled = call.lower().compile()
+    try:
+        compiled = call.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = needed_bytes(str(error))
+        if needed is None:
+            raise
+        # The compiler gives up: what it says it needs is all that is known.
+        size = sum(given.values())
+        return Compiled(phase, Memory(size, 0, 0, max(needed - size, 0), 0), given, others)
     seconds = time.monotonic() - started
     peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     found = compiled.memory_analysis()
@@ -73,8 +92,8 @@ def compile_phase(programs: Programs, phase: str, folder: Path) -> Compiled:
     return Compiled(
         phase,
         memory,
-        programs.arguments(call),
-        programs.others(call),
+        given,
+        others,
         flops=program.flops(),
         wire=wire,
         compile_s=round(seconds, 1),

@@ -128,11 +128,17 @@ def test_adaptive_norms_are_counted_once_per_code():
 
 def test_chunks_solve_what_they_held_back_again():
     whole = counts.solve_flops(TINY_DIT, 1, 30, 29, None)
-    assert counts.solve_flops(TINY_DIT, 1, 30, 29, (30, 30, 12, 0)) == whole
-    # 31 codes: a window of 30 and one of 12 + 30, whose keys cost a pass over 18 and 30.
-    chunked = counts.solve_flops(TINY_DIT, 1, 31, 29, (30, 30, 12, 0))
+    chunks = counts.Chunks(first=30, chunk=30, look_ahead=12, max_kv=900)
+    assert counts.solve_flops(TINY_DIT, 1, 30, 29, chunks) == whole
+    # 31 codes: a window of 30 and one of 12 + 30 that sees the 4 * 18 frames kept of the first;
+    # the keys of what they keep cost a pass over 18 and 30.
     one = functools.partial(counts.dit_flops, TINY_DIT, 1)
-    assert chunked == 29 * (one(30) + one(42)) + one(18) + one(30)
+    expected = 29 * (one(30) + one(42, 72)) + one(18) + one(30, 72)
+    assert counts.solve_flops(TINY_DIT, 1, 31, 29, chunks) == expected
+    # 375 codes: 12 windows after the first, which see more and more, 900 frames at the most.
+    windows = chunks.windows(375)
+    seen = [past for _, past in windows]
+    assert len(windows) == 13 and seen == sorted(seen) and seen[-1] == 900
 
 
 def test_vocoder_by_hand():
