@@ -37,6 +37,11 @@ def broken(config, workdir):
         raise StageError("a file is missing; run alone.")
     time.sleep(300)
 
+def stopped(config, workdir):
+    if jax.process_index() == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(300)
+
 def killed(config, workdir):
     if jax.process_index() == 1:
         print("dying", flush=True)
@@ -47,6 +52,7 @@ stages = (
     Stage("alone", "on process 0", alone, sections=("seed",)),
     Stage("together", "on all", together, needs=("alone",), on_all=True),
     Stage("broken", "fails on one", broken, on_all=True),
+    Stage("stopped", "is told to stop", stopped, on_all=True),
     Stage("killed", "dies on one", killed, on_all=True),
 )
 stages = {{stage.name: stage for stage in stages}}
@@ -108,6 +114,17 @@ def test_one_failure_ends_both_with_its_message(run):
     (told,) = [line for line in lines if line.startswith("0: process 1 of 2 (")]
     assert told.endswith(f") failed, so this one ends: {sentence}")
     assert "Traceback" not in done.stderr
+
+
+def test_a_stage_that_one_is_told_to_stop_is_to_be_started_again(run):
+    done = run("stopped")
+    assert done.returncode == 75
+    sentence = "paras2s: stopped by SIGTERM; what was done is saved, and the same command goes on."
+    lines = done.stderr.splitlines()
+    assert f"1: {sentence}" in lines
+    assert any(line.endswith(f" was stopped, so this one ends: {sentence}") for line in lines)
+    again = "stage.sh: stopped was stopped before its end; the same command goes on."
+    assert {f"0: {again}", f"1: {again}"} <= set(lines)
 
 
 def test_one_death_ends_the_other(run):
