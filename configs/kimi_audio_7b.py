@@ -128,6 +128,8 @@ def _add_policy(c: ConfigDict, lora: bool) -> None:
     c.policy.scan_unroll = 1
     c.policy.remat = "dots"
     c.policy.logp_chunk = 8192
+    # Reading the weights takes most of a decoding step: fewer rows would save little.
+    c.policy.halvings = 0
     c.policy.detokenizer = ConfigDict(dict(ode_steps=30, chunked=True))
     c.policy.text_sampling = ConfigDict(dict(temperature=1.0, top_k=0))
     c.policy.audio_sampling = ConfigDict(dict(temperature=1.0, top_k=0))

