@@ -28,7 +28,7 @@ from paras2s_jax.align.policy import Frontend, SpeechPolicy, texts_of
 from paras2s_jax.audio import wave as wave_lib
 from paras2s_jax.data.batches import Batches
 from paras2s_jax.data.records import Query, Response, Verdict, read_jsonl, write_jsonl
-from paras2s_jax.data.tokenizer import TextTokenizer
+from paras2s_jax.data.tokenizer import Tokenizer
 from paras2s_jax.train import distributed
 from paras2s_jax.train.checkpoint import Checkpointer
 from paras2s_jax.train.loop import Source, fit
@@ -50,7 +50,7 @@ def sample(
     policy: SpeechPolicy,
     variables: Mapping[str, Any],
     frontend: Frontend,
-    tokenizer: TextTokenizer,
+    tokenizer: Tokenizer,
     queries: Sequence[Query],
     queries_dir: Path,
     out_dir: Path,
@@ -310,6 +310,8 @@ def train(
     """
     variables = layout.place(variables, reward_model.boxed())
     state = TrainState.create(variables, optimizer, rng, trainable=trainable)
+    # The state has its own copy of what is trained; the other would only take room.
+    del variables
     update = make_reward_update(
         reward_model,
         optimizer,

@@ -16,7 +16,7 @@ import optax
 from paras2s_jax.align import losses, rollout
 from paras2s_jax.align.phases import Call, Responder
 from paras2s_jax.align.policy import Frontend, SpeechPolicy, masks_of, texts_of
-from paras2s_jax.data.tokenizer import TextTokenizer
+from paras2s_jax.data.tokenizer import Tokenizer
 from paras2s_jax.models import decode
 from paras2s_jax.models.lora import NO_LORA
 from paras2s_jax.train.checkpoint import Checkpointer
@@ -72,7 +72,7 @@ class Audit:
     """
 
     hear: Hear
-    tokenizer: TextTokenizer
+    tokenizer: Tokenizer
     every: int = 10
     num_prompts: int = 4
 
@@ -341,6 +341,8 @@ def train(
         reference = layout.place(reference, {kind: boxed[kind] for kind in reference})
     variables = layout.place(variables, boxed)
     state = TrainState.create(variables, optimizer, rng, trainable=trainable)
+    # The state has its own copy of what is trained; the other would only take room.
+    del variables
     update = GrpoUpdate(
         policy,
         reference,

@@ -14,7 +14,7 @@ import numpy as np
 from flax import traverse_util
 
 from paras2s_jax.align.policy import Answers, Frontend, SpeechPolicy, texts_of
-from paras2s_jax.data.tokenizer import TextTokenizer
+from paras2s_jax.data.tokenizer import Tokenizer
 from paras2s_jax.models.decode import Rollout
 from paras2s_jax.models.kimi_audio import Prompt
 from paras2s_jax.train.sharding import (
@@ -200,20 +200,29 @@ def abstract_key(layout: Layout) -> jax.ShapeDtypeStruct:
 
 
 def make_respond_batch(
-    policy: SpeechPolicy, variables: Any, frontend: Frontend, tokenizer: TextTokenizer
+    policy: SpeechPolicy,
+    variables: Any,
+    frontend: Frontend,
+    tokenizer: Tokenizer,
+    layouts: Layouts = ONE_DEVICE_LAYOUTS,
+    *,
+    dtype: Any = None,
 ) -> Callable[
     [np.ndarray, np.ndarray, jax.Array],
     tuple[np.ndarray, np.ndarray, Sequence[str], np.ndarray],
 ]:
     """One sampled answer per query, as `bench.systems.PolicySystem` wants it.
 
+    layouts, dtype: see Responder.
     Returns: (waves float32[B, L], lens int32[B], rng) -> (waves float32[B, L'], lens int32[B],
     B texts, finished bool[B]).
     """
-    respond = Responder(policy)
+    respond = Responder(policy, layouts, dtype=dtype)
+    variables = layouts.train.place(variables, policy.boxed())
+    frontend = layouts.train.place(frontend, policy.boxed_frontend(frontend))
 
     def respond_batch(waves, lens, rng):
-        batch = {"query": waves, "query_len": lens}
+        batch = layouts.train.place_batch({"query": waves, "query_len": lens})
         rollout, answers = respond(variables, frontend, batch, rng)
         texts = [group[0] for group in texts_of(policy, rollout, tokenizer)]
         return (

@@ -14,7 +14,7 @@ from flax import struct
 from paras2s_jax.align.losses import STREAMS
 from paras2s_jax.audio.mel import RATE_HZ, whisper_log_mel
 from paras2s_jax.audio.resample import resample_rows
-from paras2s_jax.data.tokenizer import TextTokenizer
+from paras2s_jax.data.tokenizer import Tokenizer
 from paras2s_jax.models import axes, decode
 from paras2s_jax.models.decode import Rollout
 from paras2s_jax.models.kimi_audio import KimiAudio, Prompt, audio_prompt, response_streams
@@ -186,7 +186,7 @@ def masks_of(streams: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return {name: streams[f"{name}_mask"] for name in names}
 
 
-def texts_of(policy: SpeechPolicy, rollout: Rollout, tokenizer: TextTokenizer) -> list[list[str]]:
+def texts_of(policy: SpeechPolicy, rollout: Rollout, tokenizer: Tokenizer) -> list[list[str]]:
     """Text streams as strings, [P][G]; control tokens are left out."""
     ids, lens = jax.device_get(decode.text_of(policy.model.config, rollout))
     return [

@@ -17,7 +17,7 @@ from paras2s_jax.align.policy import Answers
 from paras2s_jax.align.rollout import RewardFn
 from paras2s_jax.audio.mel import whisper_log_mel
 from paras2s_jax.audio.styles import QUERY_STYLES, TONES
-from paras2s_jax.data.tokenizer import TextTokenizer
+from paras2s_jax.data.tokenizer import Tokenizer
 from paras2s_jax.models.qwen2_audio import Qwen2Audio
 from paras2s_jax.train import sharding
 from paras2s_jax.train.step import Sums
@@ -57,9 +57,7 @@ class Readings(NamedTuple):
     score: jax.Array
 
 
-def score_prompt(
-    tokenizer: TextTokenizer, template: tuple[str, str, str] = TEMPLATE
-) -> ScorePrompt:
+def score_prompt(tokenizer: Tokenizer, template: tuple[str, str, str] = TEMPLATE) -> ScorePrompt:
     """Encodes the template.
 
     Raises:

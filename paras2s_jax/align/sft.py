@@ -10,7 +10,7 @@ import optax
 from paras2s_jax.align import losses
 from paras2s_jax.align.phases import Call
 from paras2s_jax.align.policy import Frontend, SpeechPolicy, masks_of
-from paras2s_jax.data.tokenizer import TextTokenizer
+from paras2s_jax.data.tokenizer import Tokenizer
 from paras2s_jax.train.checkpoint import Checkpointer
 from paras2s_jax.train.loop import Source, fit
 from paras2s_jax.train.metrics import MetricWriter
@@ -22,7 +22,7 @@ AUDIO_KEYS = ("query", "answer")
 TOKEN_KEYS = ("text_ids",)
 
 
-def tokenize_rows(rows: Iterable[dict], tokenizer: TextTokenizer) -> list[dict]:
+def tokenize_rows(rows: Iterable[dict], tokenizer: Tokenizer) -> list[dict]:
     """Adds `text_ids` to the rows of `pairs.pair_rows`: feed them with AUDIO_KEYS, TOKEN_KEYS."""
     return [row | {"text_ids": tokenizer.encode(row["text"])} for row in rows]
 
@@ -120,6 +120,8 @@ def train(
     """
     variables = layout.place(variables, policy.boxed())
     state = TrainState.create(variables, optimizer, rng, trainable=trainable)
+    # The state has its own copy of what is trained; the other would only take room.
+    del variables
     update = make_update(make_loss(policy), optimizer, accum_steps=accum_steps, layout=layout)
     state = fit(
         state,

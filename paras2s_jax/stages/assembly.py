@@ -75,6 +75,24 @@ class Assembly:
         rng = jax.random.key(seed)
         return load_variables(folder, self.policy.model, mesh=layout.mesh, rules=rules, rng=rng)
 
+    def frozen(self, variables: Any) -> Any:
+        """Variables that are not trained, their matrices in the type that they multiply in.
+
+        Norms and biases stay as they are, so that the policy computes the same to the bit. What is
+        in that type already is shared, not copied. ShapeDtypeStructs are answered in kind.
+        """
+        dtype = self.policy.model.dtype
+
+        def cast(path, x):
+            is_matrix = path[-1].key in ("kernel", "embedding")
+            if not is_matrix or x.dtype == dtype:
+                return x
+            if isinstance(x, jax.ShapeDtypeStruct):
+                return x.update(dtype=dtype)
+            return jax.jit(lambda x: x.astype(dtype), out_shardings=x.sharding)(x)
+
+        return jax.tree_util.tree_map_with_path(cast, variables)
+
     def save(self, folder: Path, variables: dict[str, Any]) -> None:
         """Saves trained variables as a checkpoint that `load`, respond and export read."""
         model, keeps_params = self.policy.model, self.base is not None and not self.trains_params
@@ -89,13 +107,15 @@ class Assembly:
         trained.save(folder, variables, meta, keeps_params=keeps_params)
 
 
-def assemble(config: ConfigDict, workdir: Path) -> Assembly:
+def assemble(config: ConfigDict, workdir: Path, layouts: Layouts | None = None) -> Assembly:
     """Builds the policy of the config; its variables are loaded apart.
+
+    layouts: by default those of `layouts_of`.
 
     Raises:
         StageError: the checkpoint lacks a part, or is not what policy.model says.
     """
-    layouts = layouts_of(config)
+    layouts = layouts_of(config) if layouts is None else layouts
     if config.policy.checkpoint:
         return _released(config, layouts)
     return _packaged(config, workdir, layouts)
@@ -130,6 +150,14 @@ def layouts_of(config: ConfigDict, devices: Sequence[jax.Device] | None = None) 
     if devices is None and all(size == 1 for size in (*mesh.values(), *decode_mesh.values())):
         return Layouts()
     return make_layouts(mesh, config.rules, decode_mesh, config.decode_rules, devices)
+
+
+def own_layouts(config: ConfigDict) -> Layouts:
+    """Of a stage that one process runs while others wait: over its own devices alone."""
+    if jax.process_count() == 1:
+        return layouts_of(config)
+    devices = jax.local_devices()
+    return make_layouts({"tensor": len(devices)}, config.decode_rules, devices=devices)
 
 
 def policy_folder(config: ConfigDict, workdir: Path, stage: str) -> Path:

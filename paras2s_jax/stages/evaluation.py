@@ -19,7 +19,13 @@ from paras2s_jax.data.records import Query
 from paras2s_jax.judge import probes
 from paras2s_jax.judge.chain import Judge
 from paras2s_jax.models.codec import KMeansCodec
-from paras2s_jax.stages.assembly import Assembly, assemble, folder_digest, policy_folder
+from paras2s_jax.stages.assembly import (
+    Assembly,
+    assemble,
+    folder_digest,
+    own_layouts,
+    policy_folder,
+)
 from paras2s_jax.stages.judging import make_judge
 from paras2s_jax.stages.speech import CODEC_FILE, data_dir, maker_of, parts_dir, queries_of
 
@@ -34,7 +40,14 @@ def policy_system(
     folder = policy_folder(config, workdir, stage)
     return PolicySystem(
         name or stage,
-        make_respond_batch(made.policy, made.load(folder), made.frontend, made.tokenizer),
+        make_respond_batch(
+            made.policy,
+            made.load(folder),
+            made.frontend,
+            made.tokenizer,
+            made.layouts,
+            dtype=made.policy.model.dtype,
+        ),
         version=f"{folder_digest(folder)}-{made.policy.text}-{made.policy.audio}",
         batch_size=config.bench.batch_size,
         len_buckets_s=tuple(config.bench.len_buckets_s),
@@ -48,7 +61,8 @@ def run_bench(config: ConfigDict, workdir: Path) -> dict[str, float]:
 
     What knows only the bank's words, the ear and the probes, is left out on a user's own data.
     """
-    made, root, c = assemble(config, workdir), data_dir(config, workdir), config.bench
+    made = assemble(config, workdir, own_layouts(config))
+    root, c = data_dir(config, workdir), config.bench
     queries, bank = queries_of(root, "test"), load_bank()
     judge = make_judge(config, workdir)
     systems = [policy_system(config, made, workdir, stage) for stage in c.systems]

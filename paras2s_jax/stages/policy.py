@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,13 +96,14 @@ def _train_sft(
     config: ConfigDict,
     section: ConfigDict,
     made: Assembly,
-    variables: Mapping[str, Any],
+    start: Callable[[], dict[str, Any]],
     batches: Batches,
     folder: Path,
 ) -> dict[str, Any]:
+    """start: makes the variables to start from. Nobody holds on to them: training has a copy."""
     return sft.train(
         made.policy,
-        variables,
+        start(),
         made.frontend,
         batches,
         optimizer=optimizer_of(section),
@@ -166,7 +167,7 @@ def run_base(config: ConfigDict, workdir: Path) -> dict[str, float]:
         rows, base = _rows(queries, answers, root, made.tokenizer)
         rows += neutral_rows(root, "train", made.tokenizer)[0] * config.base.neutral_repeats
         batches = demonstration_batches(rows, base, config.base, config.seed, made.layouts.train)
-        start = init_policy(made.policy, config.seed)
+        start = functools.partial(init_policy, made.policy, config.seed)
         variables = _train_sft(config, config.base, made, start, batches, folder)
         save_part(folder / BASE_FILE, variables, {}, "float16")
     # From the file in both cases: what is shipped is what was measured.
@@ -185,7 +186,8 @@ def _run_sft(config: ConfigDict, workdir: Path, name: str) -> dict[str, float]:
     made, section = assemble(config, workdir), config[name]
     rows, base = _demonstrations(config, workdir, section.num_demonstrations, made.tokenizer)
     batches = demonstration_batches(rows, base, section, config.seed, made.layouts.train)
-    start = made.load(policy_folder(config, workdir, "base"), config.seed)
+    base_folder = policy_folder(config, workdir, "base")
+    start = functools.partial(made.load, base_folder, config.seed)
     variables = _train_sft(config, section, made, start, batches, workdir / name)
     made.save(workdir / name / POLICY, variables)
     figures = {f"{name}/demonstrations": len(rows)}
@@ -239,12 +241,14 @@ def _train_grpo(config: ConfigDict, workdir: Path, folder: Path, beta: float) ->
     c = config.grpo
     made = assemble(config, workdir)
     reward_model, reward_variables = load_reward_model(config, workdir, made.layouts)
-    # Where adapters alone are trained, policy and reference share the parameters.
-    reference = made.load(policy_folder(config, workdir, "sft"), config.seed)
+    # Where adapters alone are trained, policy and reference share the parameters. The start is
+    # handed over: training has a copy of what it changes.
+    start = [made.load(policy_folder(config, workdir, "sft"), config.seed)]
+    reference = made.frozen(start[0])
     fields = {field.name for field in dataclasses.fields(grpo.Settings)} - {"beta"}
     variables = grpo.train(
         made.policy,
-        reference,
+        start.pop(),
         reference,
         made.frontend,
         make_reward_fn(reward_model),

@@ -82,6 +82,25 @@ def test_whether_parameters_are_trained(small, trainable, rank, trains):
     assert assembly.outline(small, Layouts()).trains_params == trains
 
 
+def test_frozen_weights_compute_the_same_to_the_bit(small):
+    """Masters in float32, kernels and embeddings of the frozen copy in bfloat16."""
+    made = assembly.outline(small, Layouts())
+    model = made.policy.model
+    assert (model.dtype, model.param_dtype) == ("bfloat16", "float32")
+    variables = made.load(made.base)
+    ids = np.arange(12).reshape(2, 6)
+    frozen = made.frozen(variables)
+    dtypes = {str(x.dtype) for x in jax.tree.leaves(frozen)}
+    assert dtypes == {"bfloat16", "float32"}
+    apply = jax.jit(lambda variables: model.apply(variables, ids, ids)[0])
+    for own, copy in zip(apply(variables), apply(frozen), strict=True):
+        np.testing.assert_array_equal(own, copy)
+    assert shapes(made.frozen(jax.eval_shape(lambda: variables))) == shapes(frozen)
+    # Nothing is copied where nothing changes.
+    pairs = zip(jax.tree.leaves(made.frozen(frozen)), jax.tree.leaves(frozen), strict=True)
+    assert all(a is b for a, b in pairs)
+
+
 def test_another_model_than_the_config_says(small):
     small.policy.model.num_hidden_layers = 5
     with pytest.raises(StageError, match=r"config\.policy\.model\.num_hidden_layers is 5, that of"):
@@ -95,6 +114,14 @@ def test_a_digest_changes_with_any_file(tmp_path):
     assert before == assembly.folder_digest(tmp_path)
     (tmp_path / "a" / "b").write_text("xy")
     assert assembly.folder_digest(tmp_path) != before
+
+
+def test_one_process_answers_on_its_own_devices(load_config, monkeypatch):
+    c = load_config("tiny")
+    assert assembly.own_layouts(c) == Layouts()
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    mesh = assembly.own_layouts(c).decode.mesh
+    assert mesh.shape["tensor"] == mesh.size == len(jax.local_devices())
 
 
 def test_layouts_of_a_config(load_config):
