@@ -14,6 +14,7 @@ from paras2s_jax.models.kimi_audio import KimiAudio, KimiAudioConfig, init_cache
 from paras2s_jax.models.kimi_layout import Prompt, shifted_inputs
 from paras2s_jax.models.sampling import Sampling, chosen_logp, draw
 from paras2s_jax.models.unrolled import decoding_form, unroll_kv
+from paras2s_jax.models.vocab import token_logp
 
 
 class Rollout(struct.PyTreeNode):
@@ -242,13 +243,6 @@ def _rollout(loop: _Loop, group_size: int) -> Rollout:
     return Rollout(**trace, steps=steps, finished=loop.done.reshape(-1, group_size))
 
 
-def _logp_and_entropy(logits: jax.Array, ids: jax.Array, temperature: float):
-    """As chosen_logp, and the entropy of the same distribution (nats)."""
-    logp_all = jax.nn.log_softmax(logits / temperature, axis=-1)
-    logp = jnp.take_along_axis(logp_all, ids[..., None], axis=-1)[..., 0]
-    return logp, -jnp.sum(jnp.exp(logp_all) * logp_all, axis=-1)
-
-
 def stream_logp(
     model: KimiAudio,
     variables: dict,
@@ -261,9 +255,8 @@ def stream_logp(
 ) -> dict[str, jax.Array]:
     """Log-probabilities of given answers, differentiable in `variables`.
 
-    streams: rollout_streams or response_streams, each [P, G, R]. logp_chunk: how many
-    positions have float32 logits [., V] at one time (recomputed in the backward pass);
-    default all.
+    streams: rollout_streams or response_streams, each [P, G, R]. logp_chunk: see
+    vocab.token_logp.
     Returns: text_logp, audio_logp, text_entropy, audio_entropy: float32[P, G, R], 0 where
     the stream's mask is False.
     """
@@ -286,33 +279,18 @@ def stream_logp(
         ("text", text_hidden, text_temperature),
         ("audio", audio_hidden, audio_temperature),
     ):
-
-        def score(hidden, ids, stream=stream, temperature=temperature):
-            logits = model.apply(variables, hidden, method=f"{stream}_logits")
-            return _logp_and_entropy(logits, ids, temperature)
-
-        hidden = hidden.reshape(-1, hidden.shape[-1])
-        logp, entropy = _in_chunks(score, logp_chunk, hidden, streams[f"{stream}_out"].reshape(-1))
+        logp, entropy = token_logp(
+            hidden,
+            variables["params"][f"{stream}_head"]["kernel"],
+            streams[f"{stream}_out"].reshape(rows, steps),
+            temperature=temperature,
+            chunk=logp_chunk,
+            dtype=model.dtype,
+        )
         mask = streams[f"{stream}_mask"]
         out[f"{stream}_logp"] = jnp.where(mask, logp.reshape(shape), 0.0)
         out[f"{stream}_entropy"] = jnp.where(mask, entropy.reshape(shape), 0.0)
     return out
-
-
-def _in_chunks(function, chunk: int | None, *arrays: jax.Array):
-    """function(*arrays), `chunk` rows at a time, each chunk recomputed in the backward pass."""
-    size = arrays[0].shape[0]
-    if chunk is None or chunk >= size:
-        return function(*arrays)
-    num = -(-size // chunk)
-
-    def split(x):
-        x = jnp.pad(x, [(0, num * chunk - size)] + [(0, 0)] * (x.ndim - 1))
-        return x.reshape(num, chunk, *x.shape[1:])
-
-    run = jax.checkpoint(function, prevent_cse=False)
-    results = jax.lax.map(lambda xs: run(*xs), tuple(split(x) for x in arrays))
-    return jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:])[:size], results)
 
 
 def rollout_streams(config: KimiAudioConfig, rollout: Rollout) -> dict[str, jax.Array]:
