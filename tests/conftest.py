@@ -6,6 +6,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Threads of the CPU client: with as few as there are devices, collectives of one program that do
+# not wait for each other can take them all, and then none goes on.
+os.environ.setdefault("NPROC", "64")
 # Eight devices for the meshes; little optimisation, because tests compile far longer than they run.
 _FLAGS = {
     "--xla_force_host_platform_device_count": "8",

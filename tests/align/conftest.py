@@ -14,6 +14,7 @@ from paras2s_jax.data.records import Query, Response
 from paras2s_jax.data.tokenizer import TextTokenizer
 from paras2s_jax.models.codec import PATCH_DIM, PATCH_SAMPLES, KMeansCodec
 from paras2s_jax.models.kimi_audio import KimiAudio, KimiAudioConfig
+from paras2s_jax.models.lora import NO_LORA
 from paras2s_jax.models.qwen2 import Qwen2Config
 from paras2s_jax.models.qwen2_audio import Qwen2Audio, Qwen2AudioConfig
 from paras2s_jax.models.sampling import Sampling
@@ -35,15 +36,17 @@ class Tiny:
     tokenizer: TextTokenizer
 
 
-def make_tiny(max_steps: int = 10) -> Tiny:
+def make_tiny(max_steps: int = 10, num_codes: int = NUM_CODES, lora=NO_LORA, **sizes) -> Tiny:
     # Ids 0-95 hold the printable ASCII characters of a byte-level tokenizer.
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    } | sizes
     config = KimiAudioConfig(
-        vocab_size=132 + NUM_CODES,
-        hidden_size=16,
-        intermediate_size=24,
+        vocab_size=132 + num_codes,
         num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
         bos_token_id=96,
         pad_token_id=131,
         kimia_mimo_layers=1,
@@ -51,6 +54,7 @@ def make_tiny(max_steps: int = 10) -> Tiny:
         kimia_mimo_transformer_from_layer_index=1,
         kimia_token_offset=132,
         kimia_adaptor_input_dim=32,
+        **sizes,
     )
     encoder_config = WhisperConfig(
         num_mel_bins=80,
@@ -61,7 +65,7 @@ def make_tiny(max_steps: int = 10) -> Tiny:
         max_source_positions=64,
     )
     policy = SpeechPolicy(
-        model=KimiAudio(config),
+        model=KimiAudio(config, lora),
         encoder=WhisperEncoder(encoder_config),
         max_steps=max_steps,
         text=Sampling(temperature=0.9),
@@ -69,7 +73,7 @@ def make_tiny(max_steps: int = 10) -> Tiny:
     )
     ids = jnp.zeros((1, 4), jnp.int32)
     rng = np.random.default_rng(0)
-    codec = KMeansCodec.from_codebook(rng.normal(-3.0, 1.0, (NUM_CODES, PATCH_DIM)), num_iters=1)
+    codec = KMeansCodec.from_codebook(rng.normal(-3.0, 1.0, (num_codes, PATCH_DIM)), num_iters=1)
     encoder = jax.jit(policy.encoder.init)(jax.random.key(1), jnp.zeros((1, 16, 80)))
     # Larger than the usual start, so that logits differ clearly from each other.
     variables = jax.tree.map(
