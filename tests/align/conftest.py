@@ -89,6 +89,12 @@ def tiny() -> Tiny:
     return make_tiny()
 
 
+@pytest.fixture(scope="session")
+def tiny_of():
+    """make_tiny, for tests that want other sizes."""
+    return make_tiny
+
+
 def make_queries(num: int, seed: int = 0) -> dict[str, np.ndarray]:
     """A batch of noises of different lengths: query float32[P, L], query_len int32[P]."""
     rng = np.random.default_rng(seed)
