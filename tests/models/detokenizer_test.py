@@ -18,6 +18,7 @@ from paras2s_jax.models.bigvgan import BigVGAN, BigVGANConfig
 from paras2s_jax.models.detokenizer import FlowMatchingDetokenizer
 from paras2s_jax.models.detokenizer_chunks import (
     Prefix,
+    by_length,
     chunk_plan,
     cross_fade,
     draw_noise,
@@ -233,6 +234,28 @@ def test_bfloat16_is_near_float32(parts, io):
         wanted = io[f"oneshot/{name}"].reshape(found.shape)
         error = np.sqrt(np.mean(np.square(found - wanted)) / np.mean(np.square(wanted)))
         assert 1e-4 < error < 2e-2
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_rows_by_length(devices):
+    """Ten rows, four at a time: like lengths come together, and every result to its row."""
+    lens = jnp.array([5, 9, 1, 7, 3, 8, 2, 6, 4, 10])
+
+    def longest(rows):
+        lens, keys = rows
+        return lens, jnp.broadcast_to(jnp.max(lens), lens.shape), jax.random.key_data(keys)
+
+    def run(lens, keys):
+        return by_length(longest, lens, (lens, keys), 4)
+
+    keys = jax.random.split(jax.random.key(0), 10)
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.set_mesh(mesh), nn.logical_axis_rules((("act_batch", "data"),)):
+        own, of_batch, data = jax.jit(run)(lens, keys)
+    np.testing.assert_array_equal(own, lens)
+    # 10, 9, 8, 7 together, then 6, 5, 4, 3, then 2, 1.
+    np.testing.assert_array_equal(of_batch, [6, 10, 2, 10, 6, 10, 2, 6, 6, 10])
+    np.testing.assert_array_equal(data, jax.random.key_data(keys))
 
 
 def test_noise_is_drawn_code_by_code():
