@@ -136,7 +136,15 @@ def _add_policy(c: ConfigDict, lora: bool) -> None:
 
 
 # The paper states rates and batches, neither warm-up, schedule nor weight decay.
-_UNSTATED = dict(weight_decay=0.0, schedule="cosine", save_every=100, max_bad_share=0.01)
+_UNSTATED = dict(
+    weight_decay=0.0,
+    schedule="cosine",
+    save_every=100,
+    keep=2,
+    keep_every=0,
+    max_skipped=3,
+    max_bad_share=0.01,
+)
 
 
 def _add_sft(c: ConfigDict) -> None:
@@ -231,6 +239,25 @@ def _add_grpo(c: ConfigDict, accum_steps: int) -> None:
             len_buckets_s=(QUERY_S,),
             audit_every=0,  # the packaged recogniser knows only the packaged voices
             audit_prompts=4,
+            # Alarms: see align/health.py. The packaged judge is no measure of these answers, so
+            # that the gap to it (gap_every) stays unmeasured.
+            health=dict(
+                window=5,
+                stop=(),
+                kl_text=0.5,
+                kl_audio=0.5,
+                entropy_text=0.2,
+                entropy_audio=0.2,
+                zero_spread=0.7,
+                wer=0.4,
+                silent=0.1,
+                clipped=0.3,
+                len_text=2.0,
+                len_audio=2.0,
+                gap=1.0,
+                gap_every=0,
+                gap_queries=32,
+            ),
         )
     )
     c.retention = ConfigDict(dict(betas=(0.0,)))

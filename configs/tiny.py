@@ -25,6 +25,9 @@ _DEMONSTRATIONS = dict(
     weight_decay=0.01,
     schedule="cosine",
     save_every=200,
+    keep=2,  # last checkpoints
+    keep_every=0,  # or those of every so many steps, for ever
+    max_skipped=5,  # updates in a row that are not finite
     len_buckets_s=(3.6,),
     token_buckets=(32,),
     max_bad_share=0.01,
@@ -255,9 +258,30 @@ def _add_reinforcement(c: ConfigDict) -> None:
             weight_decay=0.0,
             schedule="cosine",
             save_every=20,
+            keep=2,
+            keep_every=0,
+            max_skipped=5,
             len_buckets_s=(3.2,),
             max_bad_share=0.01,
             audit_every=10,
             audit_prompts=4,
+            # Alarms: see align/health.py. A run with alarms named in `stop` ends at the first.
+            health=dict(
+                window=5,
+                stop=(),
+                kl_text=0.5,
+                kl_audio=0.5,
+                entropy_text=0.2,
+                entropy_audio=0.2,
+                zero_spread=0.7,
+                wer=0.4,
+                silent=0.1,
+                clipped=0.3,
+                len_text=2.0,
+                len_audio=2.0,
+                gap=1.0,
+                gap_every=20,
+                gap_queries=16,
+            ),
         )
     )

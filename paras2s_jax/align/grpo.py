@@ -81,11 +81,11 @@ class Audit:
 class HeldOut:
     """Whether the reward model still agrees with the judge, on queries that it never saw.
 
-    gap: variables of the policy -> mean reward minus mean verdict of its answers; on every process
-    the same. every: steps between measurements.
+    gap: (step, variables of the policy) -> mean of reward minus verdict over its answers; on every
+    process the same. every: steps between measurements.
     """
 
-    gap: Callable[[Mapping[str, Any]], float]
+    gap: Callable[[int, Mapping[str, Any]], float]
     every: int
 
 
@@ -238,7 +238,7 @@ class GrpoUpdate:
             spoken = self._excerpt(rollout.Spoken(sampled, answers))
             metrics = metrics | {"asr/wer": self._word_error_rate(spoken)}
         if self._held_out and step % self._held_out.every == 0:
-            metrics = metrics | {"judge/gap": self._held_out.gap(state.variables)}
+            metrics = metrics | {"judge/gap": self._held_out.gap(step, state.variables)}
         del sampled, answers
         experience = rollout.Experience(prompt, streams, ref_logp, old_logp, advantages)
         next_step = state.step + 1

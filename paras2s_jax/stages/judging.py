@@ -19,7 +19,7 @@ from paras2s_jax.stages.registry import StageError
 from paras2s_jax.stages.speech import TONE_FILE, parts_dir
 
 
-def make_judge(config: ConfigDict, workdir: Path) -> Judge:
+def make_judge(config: ConfigDict, workdir: Path, *, progress: bool = True) -> Judge:
     """Recogniser, PolyTone analyzers, tone namer, rubric; verdicts go to the run's ledger."""
     folder, batch_size = parts_dir(config, workdir), config.judge.batch_size
     return Judge(
@@ -28,6 +28,7 @@ def make_judge(config: ConfigDict, workdir: Path) -> Judge:
         WaveClassifier.load(folder / TONE_FILE, batch_size=batch_size),
         RubricScorer(load_bank().rubric),
         Ledger(workdir / "ledger.sqlite"),
+        progress=progress,
     )
 
 

@@ -25,6 +25,7 @@ from paras2s_jax.data.tokenizer import Tokenizer
 from paras2s_jax.judge import transcribe
 from paras2s_jax.models.lora import NO_LORA
 from paras2s_jax.stages.assembly import POLICY, Assembly, assemble, policy_folder
+from paras2s_jax.stages.health import make_health, make_held_out
 from paras2s_jax.stages.registry import StageError
 from paras2s_jax.stages.speech import BASE_FILE, data_dir, parts_dir, queries_of, speech_dir
 from paras2s_jax.train.checkpoint import Checkpointer, load_part, save_part
@@ -81,6 +82,11 @@ def _checked(
     return good
 
 
+def checkpointer_of(section: ConfigDict, folder: Path) -> Checkpointer:
+    """Checkpoints of a run, kept as its section says."""
+    return Checkpointer(folder / "checkpoints", section.keep, section.keep_every)
+
+
 def optimizer_of(section: ConfigDict, updates_per_step: int = 1):
     """AdamW with the schedule of a config section."""
     return make_optimizer(
@@ -112,8 +118,9 @@ def _train_sft(
         trainable=made.trainable,
         accum_steps=section.accum_steps,
         layout=made.layouts.train,
-        checkpointer=Checkpointer(folder / "checkpoints"),
+        checkpointer=checkpointer_of(section, folder),
         save_every=section.save_every,
+        max_skipped=section.max_skipped,
         writer=MetricWriter(folder),
         label=folder.name,
     )
@@ -262,8 +269,11 @@ def _train_grpo(config: ConfigDict, workdir: Path, folder: Path, beta: float) ->
         audit=_audit(config, workdir, made),
         layouts=made.layouts,
         rollout_dtype=jnp.dtype(config.policy.dtype),
-        checkpointer=Checkpointer(folder / "checkpoints"),
+        held_out=make_held_out(config, workdir, folder, made, reward_model, reward_variables),
+        monitor=make_health(config, folder),
+        checkpointer=checkpointer_of(c, folder),
         save_every=c.save_every,
+        max_skipped=c.max_skipped,
         writer=MetricWriter(folder),
         label=folder.name,
     )

@@ -24,8 +24,10 @@ from rich.table import Table
 from paras2s_jax import __version__
 
 SUMMARY, SETTINGS = "summary.json", "settings.json"
-# Keys of any section that change how fast a stage is, not what it makes.
-SPEED_KEYS = frozenset({"num_workers", "griffin_lim_rows"})
+# Keys of any section that change how fast a stage is or what is kept of it, not what it makes.
+INERT_KEYS = frozenset(
+    {"num_workers", "griffin_lim_rows", "save_every", "keep", "keep_every", "max_skipped", "health"}
+)
 
 Figures = dict[str, float]
 
@@ -72,12 +74,12 @@ class Lazy:
 
 
 def _settings(section: object) -> object:
-    """A config value as plain JSON data (tuples become lists), without the keys of speed."""
+    """A config value as plain JSON data (tuples become lists), without the inert keys."""
     if isinstance(section, ml_collections.ConfigDict):
         section = section.to_dict()
 
     def keep(values: dict) -> dict:
-        return {key: value for key, value in values.items() if key not in SPEED_KEYS}
+        return {key: value for key, value in values.items() if key not in INERT_KEYS}
 
     return json.loads(json.dumps(section), object_hook=keep)
 

@@ -26,10 +26,9 @@ from paras2s_jax.models.whisper_layers import WhisperConfig
 from paras2s_jax.stages import audio_lm
 from paras2s_jax.stages.assembly import Assembly, assemble, folder_digest, policy_folder
 from paras2s_jax.stages.judging import given_verdicts, make_judge
-from paras2s_jax.stages.policy import optimizer_of
+from paras2s_jax.stages.policy import checkpointer_of, optimizer_of
 from paras2s_jax.stages.speech import TEXT_FILE, asr_encoder, data_dir, parts_dir, queries_of
 from paras2s_jax.train import distributed
-from paras2s_jax.train.checkpoint import Checkpointer
 from paras2s_jax.train.metrics import MetricWriter
 from paras2s_jax.train.sharding import Layout, Layouts
 
@@ -132,8 +131,9 @@ def run_distill(config: ConfigDict, workdir: Path) -> dict[str, float]:
         findings_weight=c.findings_weight,
         accum_steps=c.accum_steps,
         layout=layouts.train,
-        checkpointer=Checkpointer(folder / "checkpoints"),
+        checkpointer=checkpointer_of(c, folder),
         save_every=c.save_every,
+        max_skipped=c.max_skipped,
         writer=MetricWriter(folder),
     )
     _save(config, reward_model, trained, folder / REWARD_MODEL)

@@ -63,7 +63,7 @@ def sgd_update(tiny):
     return _update(tiny, SGD, audit=audit, held_out=grpo.HeldOut(_gap, every=2))
 
 
-def _gap(variables):
+def _gap(step, variables):
     """Stands for a measurement with the policy of the moment."""
     return float(sum(jnp.abs(leaf).sum() for leaf in jax.tree.leaves(variables)))
 
@@ -224,7 +224,7 @@ def test_one_step_on_policy(tiny, queries, sgd_update):
     jax.tree.map(np.testing.assert_array_equal, before, tiny.variables)
     # Step 0 is audited, step 1 is not; no word of these answers is heard right.
     assert metrics["asr/wer"] >= 1.0
-    assert metrics["judge/gap"] == pytest.approx(_gap(before))
+    assert metrics["judge/gap"] == pytest.approx(_gap(0, before))
     later = sgd_update(state, queries)[1]
     assert "asr/wer" not in later and "judge/gap" not in later
 
