@@ -136,11 +136,14 @@ def stages_of(config: ConfigDict) -> dict[str, Stage]:
     start = speech if c.policy.checkpoint else ("base",)
     judge = () if c.distill.verdicts else ("analyzers",)
     parts = () if c.distill.model.checkpoint else ("pretrain",)
+    # Who listens meanwhile: the judge, which has its own recogniser, or a recogniser alone.
+    listeners = ("analyzers",) if c.grpo.health.gap_every else ()
+    listeners = listeners or (("pretrain",) if c.grpo.audit_every else ())
     needs = {
         "sft": start,
         "sft_5x": start,
         "distill": ("sft", *judge, *parts),
-        "grpo": ("distill", *(("pretrain",) if c.grpo.audit_every else ())),
+        "grpo": ("distill", *listeners),
         "bench": (*(name for name in c.bench.systems if name != "base"), "analyzers"),
     }
     spared = {"base"} if c.policy.checkpoint else set()

@@ -64,6 +64,8 @@ def test_a_released_policy_on_a_users_data_needs_nothing_that_is_packaged(load_c
     assert stages_of(config)["sft"].needs == ("synthesize",)
     config.grpo.audit_every = 10
     assert stages_of(config)["grpo"].needs == ("distill", "pretrain")
+    config.grpo.health.gap_every = 20
+    assert stages_of(config)["grpo"].needs == ("distill", "analyzers")
 
 
 def test_the_base_of_a_released_policy_is_not_trained(load_config, tmp_path):
