@@ -14,7 +14,13 @@ from paras2s_jax.train.sharding import ONE_DEVICE_LAYOUTS
 def query(number):
     labels = {"dimension": "emotion", "text": "", "style": "sad", "contrast": "", "topic": ""}
     return Query(
-        id=f"q{number}", sentence_id=f"s{number}", split="train", voice="", wav="", **labels
+        id=f"q{number}",
+        sentence_id=f"s{number}",
+        split="train",
+        voice="",
+        wav="",
+        dur_s=1.0,
+        **labels,
     )
 
 
