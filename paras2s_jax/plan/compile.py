@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from paras2s_jax.plan import aot, memory, verdict, work
+from paras2s_jax.plan import aot, counted, verdict, work
 from paras2s_jax.plan.aot import COMPILED, DESCRIBED, Compiled
 from paras2s_jax.plan.chart import memory_chart
 from paras2s_jax.plan.hardware import GIB, PlanError, Topology, topology_of
@@ -26,6 +26,18 @@ from paras2s_jax.plan.verdict import PhasePlan
 from paras2s_jax.stages.registry import Figures, finish, source_commit, write_json
 
 PLAN, CHART = "plan.json", "memory.svg"
+TOTALS = {
+    "hbm_gib": "largest phase, GiB on a chip",
+    "flops": "FLOP of a step",
+    "floor_s": "floor of a step, s",
+    "step_s": "expected of a step, s (floor / efficiency)",
+    "steps": "steps",
+    "hours": "hours",
+    "chip_hours": "chip-hours",
+    "judge_calls": "calls of the judge",
+    "chips_cost": "price of the chips",
+    "judge_cost": "price of the judge",
+}
 
 
 def run(
@@ -102,8 +114,7 @@ def make(
         if only and phase.phase not in only:
             continue
         if topology.aot is None:
-            counted = memory.count(phase, sizes, shape, config.policy.logp_chunk)
-            made = dataclasses.replace(phase, memory=counted)
+            made = counted.count(stage, phase, sizes, shape, config.policy.logp_chunk)
         else:
             place = folder / phase.phase
             aot.run_worker(place, job | {"phase": phase.phase}, dump=True)
@@ -183,7 +194,7 @@ def print_plan(title: str, plans: Sequence[PhasePlan], totals: dict[str, float])
     run_table.add_column("")
     run_table.add_column("", justify="right")
     for name, value in totals.items():
-        run_table.add_row(name, f"{value:.4g}")
+        run_table.add_row(TOTALS[name], f"{value:,.4g}")
     console = Console(width=None if Console().is_terminal else 160)
     console.print(table)
     console.print(run_table)

@@ -227,7 +227,7 @@ def shape_of(config: ConfigDict, stage: str, trained_params: float) -> Shape:
         accum_steps=c.accum_steps if stage != "respond" else 1,
         trained_params=trained_params,
         full=not policy.lora.rank,
-        remat=policy.remat,
+        remat=policy.remat if stage != "distill" else config.distill.model.remat,
         chunked_logp=bool(policy.logp_chunk),
         ode_steps=detokenizer["ode_steps"],
         chunks=chunks if detokenizer["chunked"] else None,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from paras2s_jax.plan import counts, memory, work
+from paras2s_jax.plan import counted, counts, work
 from paras2s_jax.plan.aot import Compiled
 from paras2s_jax.plan.sizes import sizes_of
 
@@ -101,16 +101,29 @@ def test_the_table_of_the_whole_step(config, shape):
     assert 34 < made["speak"] < 60
 
 
-def test_temporaries_are_counted_where_nothing_compiles(config):
+def test_what_gpus_need_is_counted(config):
     shape = work.shape_of(config_for("h100-8"), "grpo", counts.kimi_params(RELEASED.policy))
     phase = Compiled("update", None, {"policy": 100}, {})
 
-    def temps(**changes):
+    def count(name="update", **changes):
         changed = dataclasses.replace(shape, **changes)
-        return memory.count(phase, RELEASED, changed, 8192).temps
+        return counted.count(
+            "grpo", dataclasses.replace(phase, phase=name), RELEASED, changed, 8192
+        )
+
+    def temps(**changes):
+        return count(**changes).memory.temps
 
     # 8 devices: float32 gradients of 9.77B parameters, twice while they are added up.
     assert temps() > 2 * 4 * 9.76e9 / 8
     assert temps(remat="full") < temps(remat="dots") < temps(remat="none")
     assert temps(accum_steps=8) < temps(accum_steps=4)
-    assert memory.count(phase, RELEASED, shape, 8192).arguments == 100
+    assert count().memory.arguments == 100
+    # 4 micro-batches: weights gathered twice in bfloat16, gradients added once in float32.
+    sent = sum(count(remat="dots").wire.values())
+    assert sent == pytest.approx(4 * (2 * 2 + 4) * 9.766e9 * 7 / 8, rel=1e-3)
+    # Keys and values of 256 x 384 and 32 x 160 tokens, 69,632 bytes each.
+    cache = 69_632 * (256 * 384 + 32 * 160) / 8
+    assert cache < temps(name="rollout") < 1.2 * cache
+    for name in work.PHASES["grpo"]:
+        assert count(name).memory.temps >= 0
