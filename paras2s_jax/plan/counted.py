@@ -110,11 +110,9 @@ def wire_bytes(stage: str, phase: str, sizes: Sizes, s: Shape) -> float:
         "reshard": BF16 * counts.kimi_params(sizes.policy) / s.decode_tensor * (ways - 1) / ways,
         "reward": reward,
         "reference": s.accum_steps * policy,
-        "hear": BF16 * counts.encoder_params(sizes.encoder) * share,
-        "prepare": BF16 * counts.encoder_params(sizes.encoder) * share,
-        "speak": BF16
-        * (counts.dit_params(sizes.dit) + counts.vocoder_params(sizes.vocoder))
-        * share,
+        "hear": BF16 * heard * share,
+        "prepare": BF16 * heard * share,
+        "speak": BF16 * spoken * share,
     }.get(phase, 0.0)
 
 
