@@ -51,12 +51,17 @@ class Programs:
         return {name: size for name, size in named.items() if size}
 
     def others(self, call: Call) -> dict[str, int]:
-        """Bytes on one device of what is resident and no argument of the call."""
-        given = {id(leaf) for leaf in jax.tree.leaves(call.args)}
-        sizes = {
-            name: sum(device_bytes(x) for x in jax.tree.leaves(tree) if id(x) not in given)
-            for name, tree in self.resident.items()
-        }
+        """Bytes on one device of what is resident and no argument of the call.
+
+        What two of them share counts for the first.
+        """
+        known = {id(leaf) for leaf in jax.tree.leaves(call.args)}
+        sizes = dict.fromkeys(self.resident, 0)
+        for name, tree in self.resident.items():
+            for leaf in jax.tree.leaves(tree):
+                if id(leaf) not in known:
+                    sizes[name] += device_bytes(leaf)
+                    known.add(id(leaf))
         return {name: size for name, size in sizes.items() if size}
 
 
@@ -110,18 +115,6 @@ def _policy(config: ConfigDict, layouts: Layouts) -> tuple[assembly.Assembly, An
     return made, layout.abstract(made.policy.boxed()), frontend
 
 
-def _reference(variables: Mapping[str, Any], state: TrainState) -> Any:
-    """The frozen policy: what is not trained is the policy's own, the rest a copy."""
-    frozen = {id(leaf) for leaf in jax.tree.leaves(state.frozen)}
-
-    def own(leaf):
-        if id(leaf) in frozen:
-            return leaf
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-
-    return jax.tree.map(own, variables)
-
-
 def _grpo(config: ConfigDict, layouts: Layouts) -> Programs:
     c = config.grpo
     made, variables, frontend = _policy(config, layouts)
@@ -130,7 +123,7 @@ def _grpo(config: ConfigDict, layouts: Layouts) -> Programs:
     fields = {field.name for field in dataclasses.fields(grpo.Settings)}
     optimizer = optimizer_of(c, c.num_epochs)
     state = TrainState.abstract(variables, optimizer, trainable=made.trainable)
-    reference = _reference(variables, state)
+    reference = made.frozen(variables)
     update = grpo.GrpoUpdate(
         made.policy,
         reference,
