@@ -9,14 +9,14 @@ from paras2s_jax.plan.programs import Programs, device_bytes
 from paras2s_jax.train.sharding import ONE_DEVICE, Program, make_mesh
 
 
-def leaf(*shape, spec=PartitionSpec(), dtype=jnp.float32):
-    mesh = make_mesh({"fsdp": 4, "tensor": 2})
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+def leaf(*shape, axes=()):
+    sharding = NamedSharding(make_mesh({"fsdp": 4, "tensor": 2}), PartitionSpec(*axes))
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
 
 
 def test_bytes_of_one_device():
     # 16 x 6 numbers of 4 bytes: 16 over four, 6 over two.
-    assert device_bytes(leaf(16, 6, spec=PartitionSpec("fsdp", "tensor"))) == 4 * 3 * 4
+    assert device_bytes(leaf(16, 6, axes=("fsdp", "tensor"))) == 4 * 3 * 4
     assert device_bytes(leaf(16, 6)) == 16 * 6 * 4
     assert device_bytes(jax.ShapeDtypeStruct((5,), jnp.bfloat16)) == 10
 
