@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import os
+import signal
 
 import jax
 import numpy as np
@@ -12,6 +14,7 @@ from paras2s_jax.align import distill
 from paras2s_jax.audio import wave
 from paras2s_jax.data.batches import Batches
 from paras2s_jax.data.records import Verdict, read_jsonl
+from paras2s_jax.train import preemption
 
 GROUP = 2
 
@@ -85,21 +88,20 @@ def test_every_query_gets_its_samples(spoken, samples):
 def test_stopped_sampling_continues_to_the_same_answers(
     tiny, spoken, samples, tmp_path, monkeypatch
 ):
-    class Killed(Exception):
-        pass
-
     written = []
 
     def dying(path, rows):
         if written:
-            raise Killed
+            os.kill(os.getpid(), signal.SIGTERM)
         written.append(path)
         return write(path, rows)
 
     write = distill.write_jsonl
     monkeypatch.setattr(distill, "write_jsonl", dying)
-    with pytest.raises(Killed):
+    # As the command line watches every stage: what is lost is the batch in flight.
+    with pytest.raises(preemption.Preempted), preemption.watch():
         _sample(tiny, spoken, tmp_path)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     monkeypatch.undo()
     first = tmp_path / "parts" / "000000.jsonl"
     assert first.is_file() and not (tmp_path / "responses.jsonl").exists()
