@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from paras2s_jax.align import rewards
 from paras2s_jax.align.pairs import pair_rows, query_rows
-from paras2s_jax.align.phases import Responder
+from paras2s_jax.align.phases import Call, Responder
 from paras2s_jax.align.policy import Frontend, SpeechPolicy, texts_of
 from paras2s_jax.audio import wave as wave_lib
 from paras2s_jax.data.batches import Batches
@@ -282,6 +282,11 @@ def make_reward_update(
     """The step of `train`, on batches of AUDIO_KEYS and SCALAR_KEYS."""
     loss_fn = rewards.make_loss(reward_model, findings_weight)
     return make_update(loss_fn, optimizer, accum_steps=accum_steps, layout=layout)
+
+
+def calls(reward_model, optimizer, state: TrainState, batch, **settings: Any) -> list[Call]:
+    """The program of a step, on abstract arguments; settings: of make_reward_update."""
+    return [Call(make_reward_update(reward_model, optimizer, **settings), (state, batch))]
 
 
 def train(

@@ -374,9 +374,7 @@ class FlowMatchingDetokenizer(struct.PyTreeNode):
         def vocode(piece):
             mel, lens = piece
             silence = jnp.zeros((rows, width * hop))
-            return jax.lax.cond(
-                jnp.any(lens > 0), lambda: self._vocode(mel, lens), lambda: silence
-            )
+            return jax.lax.cond(jnp.any(lens > 0), lambda: self._vocode(mel, lens), lambda: silence)
 
         waves = jax.lax.map(vocode, (pieces, lens))
         out = jnp.zeros((rows, (num_frames + width) * hop))
