@@ -23,6 +23,7 @@ from paras2s_jax.convert.rules import import_params
 from paras2s_jax.models.generate import generate
 from paras2s_jax.models.qwen2 import Qwen2LM, last_real
 from paras2s_jax.models.sampling import Sampling
+from paras2s_jax.models.vocab import token_logp
 from paras2s_jax.perf.decode import QWEN2_47M
 from paras2s_jax.perf.race import Laps, Race, check_equal, compilations, pin, race
 from paras2s_jax.perf.trl_step import ADAM_B2, CLIP_NORM, LR, TheirStep, Work, silent
@@ -37,12 +38,13 @@ class TextPolicy:
     """A Qwen2LM as `align` sees a policy: prompts in, one stream out.
 
     A prompt is {"ids": int32[P, T], "mask": bool[P, T]}, padded on the right. max_steps: R.
-    ends: ids that end an answer.
+    ends: ids that end an answer. logp_chunk: see vocab.token_logp.
     """
 
     model: Qwen2LM
     max_steps: int
     ends: tuple[int, ...] = ()
+    logp_chunk: int | None = 256
 
     def rollout(self, variables, prompt, rng: jax.Array, group_size: int) -> dict[str, jax.Array]:
         """Samples at temperature 1. Returns: streams text_out, text_mask of [P, G, R]."""
@@ -77,11 +79,9 @@ class TextPolicy:
             prefix=out["kv"],
             prefix_mask=mask,
         )
-        hidden = jnp.concatenate([first, own["hidden"]], axis=1).reshape(-1, first.shape[-1])
-        logits = self.model.apply(variables, hidden, method="logits")
-        every = jax.nn.log_softmax(logits, axis=-1)
-        logp = jnp.take_along_axis(every, tokens.reshape(-1, 1), axis=-1)
-        entropy = -jnp.sum(jnp.exp(every) * every, axis=-1)
+        hidden = jnp.concatenate([first, own["hidden"]], axis=1)
+        head = variables["params"]["lm_head"]["kernel"]
+        logp, entropy = token_logp(hidden, head, tokens, chunk=self.logp_chunk)
         return {
             "logp": {"text": logp.reshape(shape)},
             "entropy": {"text": entropy.reshape(shape)},
