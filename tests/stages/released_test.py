@@ -81,7 +81,7 @@ def shrunk(load_config, converted, omni, data, verdicts, *, lora: bool):
     c.policy.checkpoint = str(converted)
     sizes = json.loads((converted / "config.json").read_text())
     c.policy.model = {name: sizes[name] for name in c.policy.model}
-    c.policy.max_steps, c.policy.logp_chunk, c.policy.remat = STEPS, 16, "none"
+    c.policy.max_steps, c.policy.logp_chunk, c.policy.remat = STEPS, 4096, "none"
     c.policy.lora.rank = 4 if lora else 0
     c.policy.detokenizer.ode_steps = 3
     for section in (c.sft, c.distill, c.grpo):
@@ -172,17 +172,15 @@ def equal(a, b):
 
 @pytest.fixture(scope="module")
 def run(load_config, converted, omni, data, tmp_path_factory):
-    """A whole run on eight devices, all weights of the policy trained."""
+    """A whole run on one device, all weights of the policy trained."""
     workdir = tmp_path_factory.mktemp("run")
     verdicts = workdir / "verdicts.jsonl"
-    config = shrunk(load_config, converted, omni, data, verdicts, lora=False).unlock()
-    config.mesh = {"data": 2, "fsdp": 2, "tensor": 2}
-    config.decode_mesh = {"data": 2, "fsdp": 1, "tensor": 4}
-    train(config.lock(), workdir, verdicts)
+    config = shrunk(load_config, converted, omni, data, verdicts, lora=False)
+    train(config, workdir, verdicts)
     return workdir
 
 
-def test_all_weights_on_eight_devices(converted, data, run, tmp_path):
+def test_all_weights_on_one_device(converted, data, run, tmp_path):
     base = from_pretrained(converted)[1]
     sft, grpo = (load_params(run / name / "policy" / "params")[0] for name in ("sft", "grpo"))
     assert {x.dtype for x in jax.tree.leaves(grpo)} == {np.dtype(np.float32)}
@@ -198,9 +196,11 @@ def test_all_weights_on_eight_devices(converted, data, run, tmp_path):
     np.testing.assert_array_equal(head.T, grpo["params"]["text_head"]["kernel"])
 
 
-def test_adapters_on_one_device(load_config, converted, omni, data, run, tmp_path):
+def test_adapters_on_eight_devices(load_config, converted, omni, data, run, tmp_path):
     """sft -> grpo, with the reward model of the other run."""
-    config = shrunk(load_config, converted, omni, data, run / "verdicts.jsonl", lora=True)
+    config = shrunk(load_config, converted, omni, data, run / "verdicts.jsonl", lora=True).unlock()
+    config.mesh = {"data": 2, "fsdp": 2, "tensor": 2}
+    config.decode_mesh = {"data": 2, "fsdp": 1, "tensor": 4}
     shutil.copytree(run / "distill" / "reward_model", tmp_path / "distill" / "reward_model")
     policy.run_sft(config, tmp_path)
     policy.run_grpo(config, tmp_path)
