@@ -1,4 +1,5 @@
 import io
+import math
 
 import pytest
 import rich.console
@@ -11,7 +12,7 @@ from paras2s_jax.data.records import Verdict, read_jsonl
 ANSWERS = ("Sad words for you.", "Surprised words for you.")
 
 
-def bench(systems, asked, judge, **fields):
+def bench(systems, asked, judge, answers=ANSWERS, **fields):
     queries, root = asked
     return run.bench(
         systems,
@@ -19,7 +20,7 @@ def bench(systems, asked, judge, **fields):
         root,
         root / "bench",
         judge=judge,
-        answers=ANSWERS,
+        answers=answers,
         num_resamples=200,
         num_workers=1,
         console=rich.console.Console(file=io.StringIO()),
@@ -79,6 +80,12 @@ def test_rerun_hears_only_what_is_new(systems, asked, make, monkeypatch, recorde
 def test_labels_reach_the_judge_and_the_table(systems, asked, make):
     found = bench(systems[:1], asked, make.judge(), use_labels=True)
     assert found.style_sources == ("label",)
+
+
+def test_without_known_answers_nobody_listens(systems, asked, make):
+    flat = tables.figures(bench(systems[:1], asked, make.judge(), answers=()))
+    assert flat["bench/listens/mean"] == 4.0 and math.isnan(flat["bench/listens/asr_hit"])
+    assert not list((asked[1] / "bench").rglob("heard.jsonl"))
 
 
 def test_mistakes_stop_before_any_answer(systems, asked, make):
