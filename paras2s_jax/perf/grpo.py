@@ -196,7 +196,9 @@ def measure(work: Work, repeats: int = 5) -> Race:
     our_laps, their_laps = Laps(), Laps()
     with silent(), tempfile.TemporaryDirectory() as folder:
         theirs = TheirStep(work, ids, folder, their_laps)
-    policy = TextPolicy(Qwen2LM(work.config), work.answer_len)
+    # Unrolled, the layers' gradients are not gathered into stacked arrays step by step.
+    model = Qwen2LM(work.config, scan_unroll=work.config.num_hidden_layers)
+    policy = TextPolicy(model, work.answer_len)
     variables = {"params": _as_params(policy.model, _weights(theirs.trainer.model))}
     reference = {"params": _as_params(policy.model, _weights(theirs.trainer.ref_model))}
     ours = OurStep(policy, reference, work, our_laps)
