@@ -27,6 +27,8 @@ SUMMARY, SETTINGS = "summary.json", "settings.json"
 # Keys of any section that change how fast a stage is or what is kept of it, not what it makes.
 INERT_KEYS = frozenset(
     {"num_workers", "griffin_lim_rows", "save_every", "keep", "keep_every", "max_skipped", "health"}
+    # How a computation is cut up, which is a matter of the devices.
+    | {"accum_steps", "logp_chunk", "remat", "scan_unroll", "halvings"}
 )
 
 Figures = dict[str, float]

@@ -10,6 +10,7 @@ from paras2s_jax import cli
 from paras2s_jax.models import axes
 from paras2s_jax.models.kimi_audio import KimiAudioConfig
 from paras2s_jax.stages.recipe import stages_of
+from paras2s_jax.stages.registry import Runner
 
 CONFIG = "configs/kimi_audio_7b.py"
 CHIPS = {"v5e-8x8": 64, "v5e-16x16": 256, "v5p-4x4x4": 64, "v6e-8x8": 64, "h100-8": 8}
@@ -74,6 +75,17 @@ def test_the_longest_dialogue_fits(monkeypatch):
 def test_an_unknown_argument_is_refused(arg, monkeypatch):
     with pytest.raises(flags.Error, match="topologies are v5e-8x8, v5e-16x16, v5p-4x4x4"):
         load(arg, monkeypatch)
+
+
+@pytest.mark.parametrize("kind", ["", ",lora"])
+def test_a_run_may_move_to_another_topology(kind, monkeypatch):
+    """What its folders say that they were made with is the same."""
+    made_with = []
+    for topology in CHIPS:
+        c = load(topology + kind, monkeypatch)
+        stages = stages_of(c)
+        made_with.append(Runner(stages, c, "nowhere")._relevant(stages["grpo"]))
+    assert all(settings == made_with[0] for settings in made_with)
 
 
 def test_it_has_every_section_that_its_stages_read(monkeypatch):
