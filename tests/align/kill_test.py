@@ -28,7 +28,7 @@ NUM_KILLS, NUM_TERMS = map(int, os.environ.get("PARAS2S_KILLS", "3,1").split(","
 # Neither divides the other: checkpoints fall between rows of metrics.
 SAVE_EVERY, LOG_EVERY = 3, 2
 # How much later than what was there at its start a run is killed, at most.
-MOST_STEPS = 7
+MOST_STEPS = 5
 NUM_STEPS = MOST_STEPS * (NUM_KILLS + NUM_TERMS) + 5
 
 
@@ -40,7 +40,7 @@ def reward_fn(reward_variables, query, query_len, answers):
 def train(folder):
     from conftest import Repeat, make_queries, make_tiny
 
-    tiny = make_tiny()
+    tiny = make_tiny(max_steps=6)
     return grpo.train(
         tiny.policy,
         tiny.variables,
@@ -48,7 +48,7 @@ def train(folder):
         tiny.frontend,
         reward_fn,
         {},
-        Repeat([make_queries(4, seed) for seed in range(5)]),
+        Repeat([make_queries(2, seed) for seed in range(5)]),
         optimizer=optax.adam(1e-2),
         settings=grpo.Settings(group_size=2, num_epochs=2),
         num_steps=NUM_STEPS,
