@@ -102,14 +102,16 @@ class Layout:
 
     def place(self, tree: Any, boxed: Any) -> Any:
         """Arrays where the rules want them; those that are there already are not copied."""
-        return tree if self.mesh is None else jax.device_put(tree, self.shardings(boxed))
+        if self.mesh is None:
+            return tree
+        return jax.tree.map(_put, tree, self.shardings(boxed))
 
     def replicate_rest(self, tree: Any) -> Any:
         """Arrays on every device; those that lie on a mesh already stay as they are."""
 
         def place(x):
             is_placed = isinstance(getattr(x, "sharding", None), NamedSharding)
-            return x if is_placed else jax.device_put(x, self.whole)
+            return x if is_placed else _put(x, self.whole)
 
         return tree if self.mesh is None else jax.tree.map(place, tree)
 
@@ -301,6 +303,16 @@ class Program:
         return _with_shardings(result, self._place(result))
 
 
+def _put(x: Any, to: NamedSharding) -> jax.Array:
+    """device_put, of what every process has for itself too.
+
+    From a jax.Array of one device, JAX 0.10 makes a global one that cannot be saved where each
+    process has one device; from numpy it makes a right one.
+    """
+    is_own = isinstance(x, jax.Array) and x.is_fully_addressable and not to.is_fully_addressable
+    return jax.device_put(jax.device_get(x) if is_own else x, to)
+
+
 def _move(x: jax.Array, to: NamedSharding) -> jax.Array:
     """An array where it is wanted; keys as the numbers they are, which alone go between hosts."""
     if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
@@ -343,5 +355,5 @@ def replicate_rest(tree: Any) -> Any:
         return jax.device_put(tree, jax.local_devices()[0])
     whole = NamedSharding(named[0].mesh, PartitionSpec())
     return jax.tree.map(
-        lambda x: x if isinstance(x.sharding, NamedSharding) else jax.device_put(x, whole), tree
+        lambda x: x if isinstance(x.sharding, NamedSharding) else _put(x, whole), tree
     )
