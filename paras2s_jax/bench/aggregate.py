@@ -1,4 +1,4 @@
-"""Verdicts → means, confidence intervals, paired comparisons and the style-swap gain.
+"""Verdicts → means, confidence intervals, breakdowns and the style-swap gain.
 
 Every interval is a 95 % percentile bootstrap clustered by sentence: the answers to one sentence
 (two styles, several voices, several samples) are not independent, so sentences are resampled.
@@ -8,7 +8,7 @@ Failed verdicts (score NaN) never vanish: means run over the scored, and the fai
 import dataclasses
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -36,25 +36,6 @@ class Estimate:
     num_scored: int
     num_failed: int
     num_sentences: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """System a against system b on the same queries.
-
-    `rel` = mean_a / mean_b - 1, with its interval `low`..`high`; `num_queries` were scored for both
-    systems, `num_unpaired` were not and are left out of both means.
-    """
-
-    a: str
-    b: str
-    rel: float
-    low: float
-    high: float
-    mean_a: float
-    mean_b: float
-    num_queries: int
-    num_unpaired: int
 
 
 def column_of(query: Query) -> str:
@@ -114,13 +95,13 @@ def clustered_means(
     return (weights @ sums) / (weights @ counts)[:, None]
 
 
-def _interval(means: np.ndarray) -> tuple[float, float, float]:
+def interval(means: np.ndarray) -> tuple[float, float, float]:
     """(value, low, high) of bootstrap means float[1 + R]; NaN in a column stays visible as NaN."""
     low, high = np.percentile(means[1:], [2.5, 97.5])
     return float(means[0]), float(low), float(high)
 
 
-def _column_rng(seed: int, column: str) -> np.random.Generator:
+def column_rng(seed: int, column: str) -> np.random.Generator:
     """The same draws for a column whatever the other columns are."""
     return np.random.default_rng((seed, zlib.crc32(column.encode())))
 
@@ -143,17 +124,10 @@ def column_estimates(
         rows[column_of(query)].append((query.sentence_id, value))
     estimates, means = {}, []
     for column in columns_of(queries):
-        scored = [(name, value) for name, value in rows[column] if not np.isnan(value)]
-        names = [name for name, _ in scored]
-        column_means = clustered_means(
-            np.array([[value] for _, value in scored]).reshape(-1, 1),
-            names,
-            num_resamples=num_resamples,
-            rng=_column_rng(seed, column),
-        )[:, 0]
+        estimates[column], column_means = _estimate(
+            rows[column], column, num_resamples=num_resamples, seed=seed
+        )
         means.append(column_means)
-        failed = len(rows[column]) - len(scored)
-        estimates[column] = Estimate(*_interval(column_means), len(scored), failed, len(set(names)))
     if not means:
         raise BenchError("no query has a style dimension; the bench needs at least one column.")
     parts = list(estimates.values())
@@ -161,61 +135,48 @@ def column_estimates(
         sum(getattr(part, name) for part in parts)
         for name in ("num_scored", "num_failed", "num_sentences")
     ]
-    estimates[MEAN] = Estimate(*_interval(np.mean(means, axis=0)), *counts)
+    estimates[MEAN] = Estimate(*interval(np.mean(means, axis=0)), *counts)
     return estimates
 
 
-def compare(
+def _estimate(
+    rows: Sequence[tuple[str, float]], name: str, *, num_resamples: int, seed: int
+) -> tuple[Estimate, np.ndarray]:
+    """rows: (sentence, value). Returns: their estimate and the bootstrap means float[1 + R]."""
+    scored = [(sentence, value) for sentence, value in rows if not np.isnan(value)]
+    sentences = [sentence for sentence, _ in scored]
+    means = clustered_means(
+        np.array([[value] for _, value in scored]).reshape(-1, 1),
+        sentences,
+        num_resamples=num_resamples,
+        rng=column_rng(seed, name),
+    )[:, 0]
+    counts = (len(scored), len(rows) - len(scored), len(set(sentences)))
+    return Estimate(*interval(means), *counts), means
+
+
+def breakdown(
     queries: Sequence[Query],
-    scores_a: Mapping[Key, float],
-    scores_b: Mapping[Key, float],
+    values: Mapping[Key, float],
+    group_of: Callable[[Query], str],
     *,
-    names: tuple[str, str],
     num_resamples: int = 2000,
     seed: int = 0,
-) -> Comparison:
-    """Relative gain of a over b on the queries that both have a score for.
+) -> dict[str, Estimate]:
+    """Estimates per group (a style, a voice), by name; within a group every answer weighs the same.
 
-    Samples of a query are averaged first, so systems with different numbers of samples compare.
-    The same resampled sentences serve both systems: the interval is that of the paired gain.
+    values: one per answer, NaN where the judge failed. Queries without a column are left out.
     """
-    means_a, means_b = _query_means(scores_a), _query_means(scores_b)
-    columns = columns_of(queries)
+    by_id = {query.id: query for query in queries if columns_of([query])}
     rows = defaultdict(list)
-    num_unpaired = 0
-    for query in queries:
-        if column_of(query) not in columns:
-            continue
-        pair = (means_a.get(query.id, np.nan), means_b.get(query.id, np.nan))
-        if np.isnan(pair).any():
-            num_unpaired += 1
-        else:
-            rows[column_of(query)].append((query.sentence_id, *pair))
-    means = np.mean(
-        [
-            clustered_means(
-                np.array([row[1:] for row in rows[column]]).reshape(-1, 2),
-                [row[0] for row in rows[column]],
-                num_resamples=num_resamples,
-                rng=_column_rng(seed, column),
-            )
-            for column in columns
-        ],
-        axis=0,
-    )
-    rel, low, high = _interval(means[:, 0] / means[:, 1] - 1.0)
-    num_queries = sum(len(part) for part in rows.values())
-    mean_a, mean_b = map(float, means[0])
-    return Comparison(*names, rel, low, high, mean_a, mean_b, num_queries, num_unpaired)
-
-
-def _query_means(scores: Mapping[Key, float]) -> dict[str, float]:
-    """Mean over the scored samples of each query; queries without a score are absent."""
-    found = defaultdict(list)
-    for (query_id, _), score in scores.items():
-        if not np.isnan(score):
-            found[query_id].append(score)
-    return {query_id: float(np.mean(part)) for query_id, part in found.items()}
+    for (query_id, _), value in sorted(values.items()):
+        if query_id in by_id:
+            query = by_id[query_id]
+            rows[group_of(query)].append((query.sentence_id, value))
+    return {
+        group: _estimate(rows[group], group, num_resamples=num_resamples, seed=seed)[0]
+        for group in sorted(rows)
+    }
 
 
 def swap_pairs(

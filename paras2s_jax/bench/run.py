@@ -20,7 +20,7 @@ from typing import Protocol
 import rich.console
 
 from paras2s_jax.audio import wave as wave_lib
-from paras2s_jax.bench import aggregate, ear, tables
+from paras2s_jax.bench import aggregate, comparison, ear, tables
 from paras2s_jax.bench.aggregate import BenchError
 from paras2s_jax.bench.systems import System
 from paras2s_jax.bench.tables import Results, SystemResult
@@ -226,7 +226,7 @@ def summarize(
     return Results(
         systems=tuple(rows),
         comparisons=tuple(
-            aggregate.compare(queries, scores[a], scores[b], names=(a, b), **settings)
+            comparison.compare(queries, scores[a], scores[b], names=(a, b), **settings)
             for a, b in comparisons
         ),
         judges=tuple(sorted({verdict.judge for verdict in verdicts})),

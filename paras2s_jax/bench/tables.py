@@ -14,7 +14,8 @@ import rich.box
 import rich.table
 import rich.text
 
-from paras2s_jax.bench.aggregate import MEAN, REAL, SYNTHETIC, BenchError, Comparison, Estimate
+from paras2s_jax.bench.aggregate import MEAN, REAL, SYNTHETIC, BenchError, Estimate
+from paras2s_jax.bench.comparison import POWER, Comparison
 
 TITLES = {name: name.capitalize() for name in SYNTHETIC} | {
     "iemocap": "IEMOCAP",
@@ -71,7 +72,7 @@ def figures(results: Results) -> dict[str, float]:
             f"{prefix}/asr_hit": system.asr_hit,
         }
     for pair in results.comparisons:
-        for name in ("rel", "low", "high"):
+        for name in ("rel", "low", "high", "diff", "effect_size", "p_value", "min_detectable"):
             flat[f"bench/{pair.a}_vs_{pair.b}/{name}"] = getattr(pair, name)
     return flat
 
@@ -140,15 +141,19 @@ def caption(results: Results) -> list[str]:
         f"Heard: answers whose own words an ear outside the training names ({results.ear}).",
     ]
     hits = {system.name: 100 * system.asr_hit for system in results.systems}
-    for pair in results.comparisons:
-        unpaired = f", {pair.num_unpaired} unpaired" if pair.num_unpaired else ""
-        heard = hits[pair.a] - hits[pair.b]
-        lines.append(
-            f"{pair.a} against {pair.b}, paired: {100 * pair.rel:+.1f} % "
-            f"[{100 * pair.low:+.1f}, {100 * pair.high:+.1f}] ({pair.num_queries} queries"
-            f"{unpaired})" + ("." if math.isnan(heard) else f"; heard {heard:+.1f} points.")
-        )
+    lines += [_comparison_line(pair, hits[pair.a] - hits[pair.b]) for pair in results.comparisons]
     return lines
+
+
+def _comparison_line(pair: Comparison, heard: float) -> str:
+    """heard: percentage points by which the ear hears a better than b, NaN if it cannot tell."""
+    unpaired = f", {pair.num_unpaired} unpaired" if pair.num_unpaired else ""
+    return (
+        f"{pair.a} against {pair.b}, paired: {100 * pair.rel:+.1f} % "
+        f"[{100 * pair.low:+.1f}, {100 * pair.high:+.1f}], {pair.diff:+.2f} points, effect size "
+        f"{pair.effect_size:+.2f}, p = {pair.p_value:.2g} ({pair.num_queries} queries{unpaired}; "
+        f"{pair.min_detectable:.2f} points would be found with probability {POWER})"
+    ) + ("." if math.isnan(heard) else f"; heard {heard:+.1f} points.")
 
 
 def to_markdown(results: Results) -> str:

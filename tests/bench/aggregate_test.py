@@ -91,37 +91,14 @@ def test_neutral_queries_have_no_column(make):
         aggregate.column_estimates([neutral], {(neutral.id, 0): 3.0})
 
 
-def test_compare_of_proportional_scores_is_exact(make):
-    queries = [make.query(f"e{n}", style) for n in range(5) for style in ("sad", "surprised")]
-    b = {(query.id, 0): 1.0 + 0.3 * n for n, query in enumerate(queries)}
-    # Every a is 1.25 times its b: whatever sentences are drawn, the gain is 25 %.
-    a = {key: 1.25 * score for key, score in b.items()}
-    found = aggregate.compare(queries, a, b, names=("a", "b"))
-    np.testing.assert_allclose([found.rel, found.low, found.high], 0.25, atol=1e-12)
-    assert (found.num_queries, found.num_unpaired) == (10, 0)
-
-
-def test_compare_leaves_out_unpaired_and_averages_samples(make):
-    queries = [make.query("e1", "sad"), make.query("e1", "surprised"), make.query("e2", "sad")]
-    ids = [query.id for query in queries]
-    a = {(ids[0], 0): 4.0, (ids[1], 0): 5.0, (ids[2], 0): math.nan}
-    b = {(ids[0], 0): 2.0, (ids[0], 1): 4.0, (ids[1], 0): 3.0, (ids[2], 0): 1.0}
-    found = aggregate.compare(queries, a, b, names=("a", "b"), num_resamples=20)
-    # a: (4 + 5) / 2 = 4.5; b: ((2 + 4) / 2 + 3) / 2 = 3.
-    assert (found.mean_a, found.mean_b, found.rel) == (4.5, 3.0, 0.5)
-    assert (found.num_queries, found.num_unpaired) == (2, 1)
-
-
-def test_paired_interval_is_narrower_than_unpaired_spread(make):
-    rng = np.random.default_rng(0)
-    queries = [make.query(f"e{n}", "sad") for n in range(30)]
-    hard = rng.uniform(1, 4, len(queries))
-    b = {(query.id, 0): float(base) for query, base in zip(queries, hard)}
-    a = {(query.id, 0): float(base + 0.3) for query, base in zip(queries, hard)}
-    found = aggregate.compare(queries, a, b, names=("a", "b"))
-    own = aggregate.column_estimates(queries, b)["mean"]
-    assert found.low > 0
-    assert (found.high - found.low) < 0.5 * (own.high - own.low) / own.value
+def test_breakdown_by_style_weighs_every_answer_the_same(make):
+    queries = [make.query("e1", "sad"), make.query("e2", "sad"), make.query("e1", "surprised")]
+    queries.append(make.query("a1", "child", dimension="age"))
+    scores = dict(zip(((query.id, 0) for query in queries), (2.0, 4.0, math.nan, 5.0)))
+    found = aggregate.breakdown(queries, scores, lambda query: query.style, num_resamples=50)
+    assert list(found) == ["child", "sad", "surprised"]
+    assert (found["sad"].value, found["sad"].num_scored, found["sad"].num_sentences) == (3.0, 2, 2)
+    assert math.isnan(found["surprised"].value) and found["surprised"].num_failed == 1
 
 
 def test_swap_pairs_prefer_the_same_voice(make):

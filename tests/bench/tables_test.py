@@ -7,7 +7,8 @@ import pytest
 import rich.console
 
 from paras2s_jax.bench import tables
-from paras2s_jax.bench.aggregate import BenchError, Comparison, Estimate
+from paras2s_jax.bench.aggregate import BenchError, Estimate
+from paras2s_jax.bench.comparison import Comparison
 
 
 def estimate(value, failed=0):
@@ -23,7 +24,11 @@ def results(columns=("age", "emotion"), **fields):
 
     values = {
         "systems": (system("sft", 3.0, 0.95), system("grpo", 3.5, math.nan)),
-        "comparisons": (Comparison("grpo", "sft", 0.1, 0.05, 0.15, 3.85, 3.5, 18, 2),),
+        "comparisons": (
+            Comparison(
+                "grpo", "sft", 0.1, 0.05, 0.15, 0.35, 0.2, 0.5, 0.8, 0.004, 0.25, 3.85, 3.5, 18, 2
+            ),
+        ),
         "judges": ("rubric-1-abc",),
         "style_sources": ("analyzer",),
         "ear": "PocketSphinx 5",
@@ -42,7 +47,12 @@ def test_figures_have_the_agreed_names():
             "mean", "age", "emotion", "swap_gain", "swap_gain_low", "swap_gain_high", "failed",
             "asr_hit",
         )
-    } | {f"bench/grpo_vs_sft/{name}" for name in ("rel", "low", "high")}  # fmt: skip
+    } | {
+            f"bench/grpo_vs_sft/{name}"
+            for name in (
+                "rel", "low", "high", "diff", "effect_size", "p_value", "min_detectable",
+            )
+        }  # fmt: skip
     assert flat["bench/sft/mean"] == 3.5 and flat["bench/sft/failed"] == 3.0
     assert flat["bench/grpo/swap_gain_low"] == pytest.approx(0.4)
     assert flat["bench/grpo_vs_sft/rel"] == 0.1
@@ -59,7 +69,10 @@ def test_markdown_row_and_caption():
     )
     assert "| n/a |" in text  # grpo was not heard.
     assert "Judge: rubric-1-abc; style of the query: heard by the analyzers." in text
-    assert "grpo against sft, paired: +10.0 % [+5.0, +15.0] (18 queries, 2 unpaired)." in text
+    assert (
+        "grpo against sft, paired: +10.0 % [+5.0, +15.0], +0.35 points, effect size +0.80, p = "
+        "0.004 (18 queries, 2 unpaired; 0.25 points would be found with probability 0.8)." in text
+    )
 
 
 def test_labels_are_announced():
