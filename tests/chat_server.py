@@ -1,0 +1,119 @@
+"""A chat server for tests: speaks /v1/chat/completions over HTTP, and fails as it is told to."""
+
+import base64
+import contextlib
+import http.server
+import json
+import threading
+import time
+from collections.abc import Callable
+
+# body -> str (the reply's text) | dict (merged into the message) | Fault
+Answer = Callable[[dict], object]
+
+
+class Fault:
+    """What goes wrong instead of a reply.
+
+    kind: "status" (code, with headers), "hang" (seconds), "truncated", "close", "not_json".
+    """
+
+    def __init__(self, kind, value=None, headers=()):
+        self.kind, self.value, self.headers = kind, value, dict(headers)
+
+
+class ChatServer:
+    """Counts every request in `requests`; `served` are those that got a whole reply."""
+
+    def __init__(self, answer: Answer):
+        self.answer, self.requests, self.served = answer, [], []
+        self._lock = threading.Lock()
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *args):
+                pass
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                with outer._lock:
+                    outer.requests.append(
+                        {
+                            "path": self.path,
+                            "headers": {k.lower(): v for k, v in self.headers.items()},
+                            **body,
+                        }
+                    )
+                found = outer.answer(body)
+                if isinstance(found, Fault):
+                    self._fail(found)
+                else:
+                    self._send(200, json.dumps(completion(found)).encode())
+                    with outer._lock:
+                        outer.served.append(body)
+
+            def _send(self, status, data, headers=(), length=None):
+                self.send_response(status)
+                self.send_header("content-type", "application/json")
+                self.send_header("content-length", str(length or len(data)))
+                for name, value in dict(headers).items():
+                    self.send_header(name, value)
+                self.end_headers()
+                with contextlib.suppress(ConnectionError):
+                    self.wfile.write(data)
+
+            def _fail(self, fault):
+                if fault.kind == "status":
+                    error = {"error": {"message": f"status {fault.value}", "type": "test"}}
+                    self._send(fault.value, json.dumps(error).encode(), fault.headers)
+                elif fault.kind == "hang":
+                    time.sleep(fault.value)
+                    self.close_connection = True
+                elif fault.kind == "truncated":
+                    whole = json.dumps(completion("cut off")).encode()
+                    self._send(200, whole[: len(whole) // 2])
+                elif fault.kind == "not_json":
+                    self._send(200, b'{"hello": 1}')
+                elif fault.kind == "close":
+                    self.close_connection = True
+                    self.connection.close()
+                else:
+                    raise ValueError(fault.kind)
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self._server.server_address[1]}/v1"
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc):
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def completion(found) -> dict:
+    """A whole reply around a text, or around a dict of the message's fields."""
+    message = {"role": "assistant", "content": None, "refusal": None}
+    message |= {"content": found} if isinstance(found, str) else found
+    return {
+        "id": "chatcmpl-1",
+        "object": "chat.completion",
+        "created": 0,
+        "model": "m",
+        "choices": [{"index": 0, "finish_reason": "stop", "message": message, "logprobs": None}],
+        "usage": {"prompt_tokens": 1000, "completion_tokens": 100, "total_tokens": 1100},
+    }
+
+
+def audio_message(wav: bytes, transcript: str) -> dict:
+    """The message of a reply that speaks."""
+    data = base64.b64encode(wav).decode()
+    return {"audio": {"id": "a", "data": data, "expires_at": 0, "transcript": transcript}}
