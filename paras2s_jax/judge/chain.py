@@ -68,6 +68,7 @@ class Judge:
         tone_namer: answer waves → tone of voice, from a list or in free words.
         scorer: words and names → score.
         ledger: where stage outputs are kept; a wav is heard once however often it is judged.
+        num_repeats: how often each pair is scored; the verdict has the mean, `raw` the answers.
         progress: shows a progress bar.
     """
 
@@ -79,10 +80,13 @@ class Judge:
         scorer: Scorer,
         ledger: Ledger,
         *,
+        num_repeats: int = 1,
         progress: bool = True,
         waves_per_chunk: int = WAVES_PER_CHUNK,
     ):
-        self._scorer = scorer
+        if num_repeats < 1:
+            raise ValueError(f"num_repeats {num_repeats} must be at least 1")
+        self._scorer, self._num_repeats = scorer, num_repeats
         self._ledger = ledger
         self._progress = progress
         self._waves_per_chunk = waves_per_chunk
@@ -107,6 +111,7 @@ class Judge:
             "score": {
                 "model": f"{scorer.name}-{scorer.version}",
                 "settings": {"hash": scorer.settings_hash},
+                **({"num_repeats": self._num_repeats} if self._num_repeats > 1 else {}),
             },
         }
 
@@ -215,28 +220,49 @@ class Judge:
 
     def _score(self, heard: Sequence[Heard]) -> dict[Heard, Score | Failure]:
         about = self.describe()["score"]
-        keys = {
-            item: ledger_key("score", dataclasses.asdict(item), about["model"], about["settings"])
-            for item in dict.fromkeys(heard)
-        }
-        stored = self._ledger.get_many(keys.values())
-        scores: dict[Heard, Score | Failure] = {
-            item: Score(**stored[key]) for item, key in keys.items() if key in stored
-        }
-        missing = [item for item in keys if item not in scores]
-        for start in range(0, len(missing), self._waves_per_chunk):
-            chunk = missing[start : start + self._waves_per_chunk]
-            answers = dict(zip(chunk, self._scorer.score(chunk), strict=True))
-            scores.update(answers)
-            self._ledger.put_many(
-                "score",
-                {
-                    keys[item]: dataclasses.asdict(answer)
-                    for item, answer in answers.items()
-                    if isinstance(answer, Score)
-                },
-            )
-        return scores
+        items = list(dict.fromkeys(heard))
+        repeats: dict[Heard, list[Score | Failure]] = {item: [] for item in items}
+        for repeat in range(self._num_repeats):
+            keys = {item: _score_key(item, repeat, about) for item in items}
+            stored = self._ledger.get_many(keys.values())
+            answers = {item: Score(**stored[key]) for item, key in keys.items() if key in stored}
+            missing = [item for item in items if item not in answers]
+            with tqdm(
+                total=len(missing), desc="judge: score", disable=not self._progress or not missing
+            ) as bar:
+                for index, answer in self._scorer.score(missing, repeat):
+                    item = missing[index]
+                    answers[item] = answer
+                    if isinstance(answer, Score):
+                        # One by one: an answer may have cost money, and the next may be the end.
+                        self._ledger.put_many("score", {keys[item]: _stored(answer)})
+                    bar.update()
+            for item in items:
+                repeats[item].append(answers[item])
+        return {item: _combined(found) for item, found in repeats.items()}
+
+
+def _score_key(item: Heard, repeat: int, about: Mapping[str, Any]) -> str:
+    inputs = dataclasses.asdict(item) | ({"repeat": repeat} if repeat else {})
+    return ledger_key("score", inputs, about["model"], about["settings"])
+
+
+def _stored(score: Score) -> dict[str, Any]:
+    """As JSON; a single answer has no repeats."""
+    return {k: value for k, value in dataclasses.asdict(score).items() if k != "repeats"}
+
+
+def _combined(found: Sequence[Score | Failure]) -> Score | Failure:
+    """The mean over repeats that gave a score; the first failure where none did."""
+    scores = [answer for answer in found if isinstance(answer, Score)]
+    if len(found) == 1 or not scores:
+        return found[0]
+    return dataclasses.replace(
+        scores[0],
+        score=float(np.mean([answer.score for answer in scores])),
+        raw=[answer.raw for answer in found],
+        repeats=tuple(answer.score if isinstance(answer, Score) else None for answer in found),
+    )
 
 
 @dataclasses.dataclass(frozen=True)

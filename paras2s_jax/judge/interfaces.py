@@ -5,7 +5,7 @@ tone, and only these are scored, so that words cannot make the judge "hear" a st
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -43,12 +43,18 @@ class Heard:
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """A scorer's answer: `score` in 1..5, its parts in 0..1 where it has them, and a sentence."""
+    """A scorer's answer: `score` in 1..5, its parts in 0..1 where it has them, and a sentence.
+
+    raw: what a model replied, as JSON. repeats: where a score was asked for several times, each
+    answer, None where one failed; `score` is the mean of the others.
+    """
 
     score: float
     content: float | None
     tone_fit: float | None
     reason: str
+    raw: Any = None
+    repeats: tuple[float | None, ...] = ()
 
 
 class Stage(Protocol):
@@ -105,5 +111,11 @@ class Scorer(Protocol):
     def settings_hash(self) -> str:
         """Hash of everything else that changes a score (rubric, prompt, temperature)."""
 
-    def score(self, heard: Sequence[Heard]) -> list[Score | Failure]:
-        """One answer per item, in order; an item that cannot be scored is a Failure."""
+    def score(
+        self, heard: Sequence[Heard], repeat: int = 0
+    ) -> Iterable[tuple[int, Score | Failure]]:
+        """(index, answer) of every item, in any order; one that cannot be scored is a Failure.
+
+        Answers are stored as they come, so that a crash loses only those under way. repeat: number
+        of the repetition, for scorers that draw.
+        """

@@ -1,7 +1,7 @@
 """Words and names → a score of 1..5: the offline rubric, which stands in for a language model."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from paras2s_jax.data.bank import Rubric
 from paras2s_jax.judge import rubric as rubric_lib
@@ -57,9 +57,12 @@ class RubricScorer:
         entries = sorted([*key, dataclasses.asdict(entry)] for key, entry in self._rubric.items())
         return digest([formula, matching, entries])
 
-    def score(self, heard: Sequence[Heard]) -> list[Score | Failure]:
-        """One Score per item; a style without a rubric is a Failure."""
-        return [self._score_one(item) for item in heard]
+    def score(
+        self, heard: Sequence[Heard], repeat: int = 0
+    ) -> Iterator[tuple[int, Score | Failure]]:
+        """(index, Score) of every item; a Failure where a style has no rubric."""
+        del repeat
+        return ((index, self._score_one(item)) for index, item in enumerate(heard))
 
     def _score_one(self, heard: Heard) -> Score | Failure:
         key = (heard.dimension, heard.style_in)

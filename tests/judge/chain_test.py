@@ -53,14 +53,19 @@ class FakeScorer:
     def __init__(self):
         self.heard = []
 
-    def score(self, heard):
-        self.heard.extend(heard)
-        return [
-            Failure("reply has no number", raw="I think it is good")
-            if item.transcript_out == "word13"
-            else Score(2.0 if item.transcript_out else 1.0, 0.5, 0.25, "because")
-            for item in heard
-        ]
+    def score(self, heard, repeat=0):
+        # Backwards, as replies from a server may come.
+        for index, item in reversed(list(enumerate(heard))):
+            self.heard.append(item)
+            yield index, self.answer(item, repeat)
+
+    def answer(self, item, repeat):
+        if item.transcript_out == "word13":
+            return Failure("reply has no number", raw="I think it is good")
+        if item.transcript_out == "word17" and repeat == 1:
+            return Failure("refused")
+        base = 2.0 if item.transcript_out else 1.0
+        return Score(base + repeat, 0.5, 0.25, "because")
 
 
 class Bench:
@@ -255,3 +260,43 @@ def test_directory_in_place_of_a_wav_fails_too(bench):
 
 def test_no_pairs(bench):
     assert bench.judge.judge([]) == []
+
+
+def test_repeats_give_their_mean_and_what_each_said(tmp_path):
+    bench = Bench(tmp_path, num_repeats=3)
+    pairs = [
+        bench.pair(bench.wav("q.wav", 21), bench.wav(f"r{level}.wav", level))
+        for level in (30, 17, 13)
+    ]
+    good, partly, failed = bench.judge.judge(pairs)
+    # The fake scorer adds the number of the repeat: 2, 3, 4.
+    assert (good.score, good.raw["score"]["repeats"]) == (3.0, (2.0, 3.0, 4.0))
+    assert (partly.score, partly.raw["score"]["repeats"]) == (3.0, (2.0, None, 4.0))
+    assert math.isnan(failed.score) and failed.status == "score: reply has no number"
+    to_dict(partly)
+    # Stored answers are not asked for again: only the failed ones are.
+    bench.scorer.heard.clear()
+    assert bench.judge.judge(pairs)[0] == good
+    assert len(bench.scorer.heard) == 1 + 3
+    assert bench.judge.name != Bench(tmp_path).judge.name
+
+
+def test_answers_are_stored_as_they_come(tmp_path):
+    bench = Bench(tmp_path)
+    pairs = [
+        bench.pair(bench.wav("q.wav", 21), bench.wav(f"r{level}.wav", level))
+        for level in (30, 32, 34)
+    ]
+    answer = bench.scorer.answer
+
+    def dies(item, repeat):
+        if len(bench.scorer.heard) == 3:
+            raise KeyboardInterrupt
+        return answer(item, repeat)
+
+    bench.scorer.answer = dies
+    with pytest.raises(KeyboardInterrupt):
+        bench.judge.judge(pairs)
+    bench.scorer.answer, bench.scorer.heard = answer, []
+    assert [verdict.score for verdict in bench.judge.judge(pairs)] == [2.0] * 3
+    assert len(bench.scorer.heard) == 1  # Two of the three were paid for and kept.

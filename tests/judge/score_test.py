@@ -25,8 +25,14 @@ def heard(text, tone="gentle", style="sad"):
     return Heard("emotion", "my dog has a new trick", style, text, tone)
 
 
+def first(scorer, item):
+    ((index, answer),) = scorer.score([item])
+    assert index == 0
+    return answer
+
+
 def score(text, tone="gentle", style="sad"):
-    return score_lib.RubricScorer(RUBRIC).score([heard(text, tone, style)])[0]
+    return first(score_lib.RubricScorer(RUBRIC), heard(text, tone, style))
 
 
 def test_formula():
@@ -109,7 +115,7 @@ def test_settings_hash_follows_the_rubric():
     renamed = dataclasses.replace(SAD, requirement="Comfort them.")
     other = score_lib.RubricScorer({**RUBRIC, ("emotion", "sad"): renamed})
     assert base.settings_hash != other.settings_hash
-    assert base.score([heard("so sorry")]) == base.score([heard("so sorry")])
+    assert first(base, heard("so sorry")) == first(base, heard("so sorry"))
 
 
 def test_malformed_rubric_is_refused():
@@ -146,7 +152,7 @@ def test_bank_answers_get_what_they_deserve(bank):
         answers = bank.answers[dimension, answer_style]
         return [
             item.score
-            for item in scorer.score(
+            for _, item in scorer.score(
                 [Heard(dimension, "", style, f"{text} {extra}", tone) for text in answers]
             )
         ]
