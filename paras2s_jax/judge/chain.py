@@ -23,6 +23,7 @@ from paras2s_jax.judge.interfaces import (
     WaveNamer,
 )
 from paras2s_jax.judge.ledger import Ledger, digest, file_digest, ledger_key
+from paras2s_jax.judge.stored_scores import Pending, StoredScores
 
 Pair = tuple[Query, Path, Response, Path]
 
@@ -84,9 +85,7 @@ class Judge:
         progress: bool = True,
         waves_per_chunk: int = WAVES_PER_CHUNK,
     ):
-        if num_repeats < 1:
-            raise ValueError(f"num_repeats {num_repeats} must be at least 1")
-        self._scorer, self._num_repeats = scorer, num_repeats
+        self._scores = StoredScores(scorer, ledger, num_repeats=num_repeats, progress=progress)
         self._ledger = ledger
         self._progress = progress
         self._waves_per_chunk = waves_per_chunk
@@ -105,15 +104,7 @@ class Judge:
             stage: {"model": listener.model.model_id, "settings": dict(listener.model.settings)}
             for stage, listener in self._listeners.items()
         }
-        scorer = self._scorer
-        return {
-            **stages,
-            "score": {
-                "model": f"{scorer.name}-{scorer.version}",
-                "settings": {"hash": scorer.settings_hash},
-                **({"num_repeats": self._num_repeats} if self._num_repeats > 1 else {}),
-            },
-        }
+        return {**stages, "score": self._scores.describe()}
 
     def judge(self, pairs: Sequence[Pair], *, use_labels: bool = False) -> list[Verdict]:
         """One verdict per pair, in order.
@@ -122,20 +113,30 @@ class Judge:
             pairs: (query, its wav, response, its wav).
             use_labels: take the query's style from its label instead of from the analyzer.
         """
+        findings = self._find(pairs, use_labels)
+        scores = self._scores.get([item.heard for item in findings if item.heard is not None])
+        return [
+            item.verdict(self.name, None if item.heard is None else scores[item.heard])
+            for item in findings
+        ]
+
+    def pending(self, pairs: Sequence[Pair], *, use_labels: bool = False) -> dict[str, Pending]:
+        """Ledger key -> what is still to be scored, after all other stages have run.
+
+        For scorers that answer much later (batch files); arguments as in `judge`.
+        """
+        findings = self._find(pairs, use_labels)
+        return self._scores.pending([item.heard for item in findings if item.heard is not None])
+
+    def _find(self, pairs: Sequence[Pair], use_labels: bool) -> list["_Findings"]:
+        """Runs the listening stages."""
         stages_in = [self._stages_in(query, use_labels) for query, *_ in pairs]
         wanted: dict[tuple[Path, str], None] = {}  # An ordered set.
         for (_, path_in, _, path_out), stages in zip(pairs, stages_in):
             wanted.update(dict.fromkeys((path_in, stage) for stage in stages))
             wanted.update(dict.fromkeys((path_out, stage) for stage in ("transcribe", "tone")))
         outputs = self._listen(wanted)
-        findings = [
-            _Findings.gather(pair, stages, outputs) for pair, stages in zip(pairs, stages_in)
-        ]
-        scores = self._score([item.heard for item in findings if item.heard is not None])
-        return [
-            item.verdict(self.name, None if item.heard is None else scores[item.heard])
-            for item in findings
-        ]
+        return [_Findings.gather(pair, stages, outputs) for pair, stages in zip(pairs, stages_in)]
 
     def _stages_in(self, query: Query, use_labels: bool) -> tuple[str, ...]:
         if use_labels or query.dimension not in DIMENSIONS:
@@ -217,52 +218,6 @@ class Judge:
             {key: value for key, value in results.items() if not isinstance(value, Failure)},
         )
         return results
-
-    def _score(self, heard: Sequence[Heard]) -> dict[Heard, Score | Failure]:
-        about = self.describe()["score"]
-        items = list(dict.fromkeys(heard))
-        repeats: dict[Heard, list[Score | Failure]] = {item: [] for item in items}
-        for repeat in range(self._num_repeats):
-            keys = {item: _score_key(item, repeat, about) for item in items}
-            stored = self._ledger.get_many(keys.values())
-            answers = {item: Score(**stored[key]) for item, key in keys.items() if key in stored}
-            missing = [item for item in items if item not in answers]
-            with tqdm(
-                total=len(missing), desc="judge: score", disable=not self._progress or not missing
-            ) as bar:
-                for index, answer in self._scorer.score(missing, repeat):
-                    item = missing[index]
-                    answers[item] = answer
-                    if isinstance(answer, Score):
-                        # One by one: an answer may have cost money, and the next may be the end.
-                        self._ledger.put_many("score", {keys[item]: _stored(answer)})
-                    bar.update()
-            for item in items:
-                repeats[item].append(answers[item])
-        return {item: _combined(found) for item, found in repeats.items()}
-
-
-def _score_key(item: Heard, repeat: int, about: Mapping[str, Any]) -> str:
-    inputs = dataclasses.asdict(item) | ({"repeat": repeat} if repeat else {})
-    return ledger_key("score", inputs, about["model"], about["settings"])
-
-
-def _stored(score: Score) -> dict[str, Any]:
-    """As JSON; a single answer has no repeats."""
-    return {k: value for k, value in dataclasses.asdict(score).items() if k != "repeats"}
-
-
-def _combined(found: Sequence[Score | Failure]) -> Score | Failure:
-    """The mean over repeats that gave a score; the first failure where none did."""
-    scores = [answer for answer in found if isinstance(answer, Score)]
-    if len(found) == 1 or not scores:
-        return found[0]
-    return dataclasses.replace(
-        scores[0],
-        score=float(np.mean([answer.score for answer in scores])),
-        raw=[answer.raw for answer in found],
-        repeats=tuple(answer.score if isinstance(answer, Score) else None for answer in found),
-    )
 
 
 @dataclasses.dataclass(frozen=True)
