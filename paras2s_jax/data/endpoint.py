@@ -109,7 +109,8 @@ class Endpoint:
 class ChatClient:
     """Calls of one Endpoint; may be used from several threads.
 
-    calls, usd: attempts that reached the network, and what the replies cost, so far.
+    api: the openai client, for what is not a chat call. calls, usd: attempts that reached the
+    network, and what the replies cost, so far.
     """
 
     def __init__(self, endpoint: Endpoint):
@@ -118,7 +119,7 @@ class ChatClient:
         self.endpoint = endpoint
         self.calls, self.usd = 0, 0.0
         self._errors = openai
-        self._client = openai.OpenAI(
+        self.api = openai.OpenAI(
             base_url=endpoint.base_url,
             api_key=endpoint.api_key,
             timeout=endpoint.timeout_s,
@@ -217,7 +218,7 @@ class ChatClient:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def close(self) -> None:
-        self._client.close()
+        self.api.close()
 
     def _request(self, body: Mapping[str, Any]) -> Reply:
         # The client itself retries what a status says; a body cut off on its way it does not.
@@ -233,8 +234,8 @@ class ChatClient:
             with attempt:
                 with self._lock:
                     self.calls += 1
-                completion = self._client.chat.completions.create(model=self.endpoint.model, **body)
-                return _reply(completion.to_dict(mode="json"))
+                completion = self.api.chat.completions.create(model=self.endpoint.model, **body)
+                return reply_of(completion.to_dict(mode="json"))
         raise AssertionError("tenacity raises the last error itself")
 
     def _pace(self) -> None:
@@ -255,8 +256,8 @@ class ChatClient:
         )
 
 
-def _reply(raw: dict[str, Any]) -> Reply:
-    """Raises json.JSONDecodeError where the reply lacks what every reply has."""
+def reply_of(raw: dict[str, Any]) -> Reply:
+    """A chat completion as JSON -> Reply. Raises json.JSONDecodeError where it is none."""
     try:
         choice = raw["choices"][0]
         message = choice["message"]
