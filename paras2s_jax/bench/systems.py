@@ -5,9 +5,6 @@ after a stop: only what is missing is made again, with the same result as an unb
 """
 
 import dataclasses
-import json
-import os
-import urllib.parse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -18,10 +15,9 @@ from tqdm import tqdm
 
 from paras2s_jax.audio import wave as wave_lib
 from paras2s_jax.bench.aggregate import BenchError
-from paras2s_jax.data.records import Query, Response, append_jsonl, read_jsonl, write_jsonl
+from paras2s_jax.bench.answers import AnswerStore, save_answer, wav_name
+from paras2s_jax.data.records import Query, Response, read_jsonl, write_jsonl
 
-# Stands for an answer without any sound, so that a judge hears silence instead of a broken file.
-NO_ANSWER_S = 0.1
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 
 RespondBatch = Callable[
@@ -48,11 +44,6 @@ class System(Protocol):
         ...
 
 
-def wav_name(query_id: str, sample: int) -> str:
-    """Path below a system's folder; quoting keeps any id a plain file name."""
-    return f"wavs/{urllib.parse.quote(query_id, safe='')}.{sample}.wav"
-
-
 @dataclasses.dataclass
 class PolicySystem:
     """Samples answers from a policy in batches of one shape per length bucket.
@@ -77,27 +68,27 @@ class PolicySystem:
     rate_hz: int = wave_lib.RATE_HZ
 
     def respond(self, queries: Sequence[Query], root: Path, out_dir: Path) -> list[Response]:
-        done = self._resume(queries, out_dir)
+        store = AnswerStore(out_dir, self._identity(queries))
         key = jax.random.key(self.seed)
         plan = self._plan(queries)
         for index, (bucket_s, batch) in enumerate(tqdm(plan, desc=f"{self.name}: respond")):
-            missing = [unit for unit in batch if (unit[0].id, unit[1]) not in done]
-            if not missing:
+            if all((query.id, sample) in store.done for query, sample in batch):
                 continue
             rng = jax.random.fold_in(key, index)
-            for response in self._answer(batch, bucket_s, Path(root), out_dir, rng):
-                unit = (response.query_id, response.sample)
-                if unit not in done:
-                    append_jsonl(out_dir / "responses.jsonl", response)
-                    done[unit] = response
-        return [done[query.id, sample] for query in queries for sample in range(self.num_samples)]
+            for response, wave in self._answer(batch, bucket_s, Path(root), rng):
+                store.add(response, wave, self.rate_hz)
+        return [
+            store.answer(query.id, sample)
+            for query in queries
+            for sample in range(self.num_samples)
+        ]
 
-    def _resume(self, queries: Sequence[Query], out_dir: Path) -> dict[tuple[str, int], Response]:
-        """Answers already there, or none where another policy, seed or list of queries made them.
+    def _identity(self, queries: Sequence[Query]) -> dict:
+        """All that decides the answers.
 
-        The list matters because the random numbers of an answer follow from its place in it.
+        The list of queries matters because the random numbers of an answer follow from its place.
         """
-        identity = {
+        return {
             "system": self.name,
             "version": self.version,
             "seed": self.seed,
@@ -106,19 +97,6 @@ class PolicySystem:
             "len_buckets_s": list(self.len_buckets_s),
             "queries": [[query.id, query.wav, query.dur_s] for query in queries],
         }
-        mark, rows = out_dir / "identity.json", out_dir / "responses.jsonl"
-        if mark.is_file() and json.loads(mark.read_text(encoding="utf-8")) == identity:
-            found = read_jsonl(rows, Response, partial_tail=True) if rows.is_file() else []
-            kept = [row for row in found if (out_dir / row.wav).is_file()]
-            if len(kept) < len(found):
-                write_jsonl(rows, kept)
-            return {(row.query_id, row.sample): row for row in kept}
-        out_dir.mkdir(parents=True, exist_ok=True)
-        rows.unlink(missing_ok=True)
-        partial = mark.with_suffix(".partial")
-        partial.write_text(json.dumps(identity), encoding="utf-8")
-        os.replace(partial, mark)
-        return {}
 
     def _plan(self, queries: Sequence[Query]) -> list[tuple[float, list[tuple[Query, int]]]]:
         """Batches of (query, sample) of one length bucket; the same whatever is already done."""
@@ -142,9 +120,8 @@ class PolicySystem:
         batch: Sequence[tuple[Query, int]],
         bucket_s: float,
         root: Path,
-        out_dir: Path,
         rng: jax.Array,
-    ) -> list[Response]:
+    ) -> list[tuple[Response, np.ndarray]]:
         waves = np.zeros((self.batch_size, round(bucket_s * wave_lib.RATE_HZ)), np.float32)
         lens = np.zeros(self.batch_size, np.int32)
         for row in range(self.batch_size):
@@ -154,18 +131,9 @@ class PolicySystem:
         waves_out, lens_out, texts, finished = self.respond_batch(waves, lens, rng)
         waves_out, lens_out = np.asarray(waves_out), np.asarray(lens_out)
         return [
-            _save(
-                Response(
-                    query_id=query.id,
-                    system=self.name,
-                    sample=sample,
-                    text=texts[row],
-                    wav=wav_name(query.id, sample),
-                    finished=bool(finished[row]),
-                ),
+            (
+                Response(query.id, self.name, sample, texts[row], "", finished=bool(finished[row])),
                 waves_out[row, : lens_out[row]],
-                out_dir,
-                self.rate_hz,
             )
             for row, (query, sample) in enumerate(batch)
         ]
@@ -230,7 +198,7 @@ def _import(
 ) -> list[Response]:
     """Copies answers into a system's folder as 16 kHz mono, which also proves them readable."""
     responses = [
-        _save(
+        save_answer(
             dataclasses.replace(row, system=name, wav=wav_name(row.query_id, row.sample)),
             wave_lib.load(source),
             out_dir,
@@ -239,12 +207,3 @@ def _import(
     ]
     write_jsonl(out_dir / "responses.jsonl", responses)
     return responses
-
-
-def _save(
-    response: Response, wave: np.ndarray, out_dir: Path, rate_hz: int = wave_lib.RATE_HZ
-) -> Response:
-    """Writes an answer's wav; returns the response with its duration, 0 where there is no sound."""
-    silence = np.zeros(round(NO_ANSWER_S * rate_hz), np.float32)
-    wave_lib.save(out_dir / response.wav, wave if len(wave) else silence, rate_hz)
-    return dataclasses.replace(response, dur_s=len(wave) / rate_hz)

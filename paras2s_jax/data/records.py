@@ -50,7 +50,10 @@ class Query:
 
 @dataclasses.dataclass(frozen=True)
 class Response:
-    """A system's spoken answer number `sample` to a query; `text` is what it meant to say."""
+    """A system's spoken answer number `sample` to a query; `text` is what it meant to say.
+
+    error: why there is no answer, "" where there is one; `wav` is "" then.
+    """
 
     query_id: str
     system: str
@@ -60,6 +63,7 @@ class Response:
     tone: str | None = None
     dur_s: float = 0.0
     finished: bool = True
+    error: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
