@@ -106,13 +106,16 @@ class _Cards:
 
     def _answer(self, query: Query, name: str) -> dict:
         response, verdict = self._responses[name][query.id], self._verdicts[name][query.id]
-        wav = wave_lib.inside(self._folder / name, response.wav)
+        audio = None
+        if not response.error:
+            wav = wave_lib.inside(self._folder / name, response.wav)
+            audio = encode_audio(wave_lib.load(wav))
         score = verdict.raw.get("score")
         reason = score.get("reason", "") if isinstance(score, Mapping) else ""
         scored = not np.isnan(verdict.score)
         return {
             "name": name,
-            "audio": encode_audio(wave_lib.load(wav)),
+            "audio": audio,
             "says": response.text,
             "heard": verdict.transcript_out,
             "same": normalize(response.text) == normalize(verdict.transcript_out),
@@ -127,7 +130,7 @@ class _Cards:
 
 def _audio_chars(card: dict) -> int:
     return sum(
-        len(take["audio"]) + sum(len(answer["audio"]) for answer in take["answers"])
+        len(take["audio"]) + sum(len(answer["audio"] or "") for answer in take["answers"])
         for take in card["takes"]
     )
 

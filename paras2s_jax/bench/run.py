@@ -11,6 +11,7 @@ Layout of the folder, all of it readable by hand and continued after a stop:
 """
 
 import dataclasses
+import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 class Judge(Protocol):
     """What the bench asks of a judge."""
+
+    name: str
 
     def judge(
         self, pairs: Sequence[tuple[Query, Path, Response, Path]], *, use_labels: bool = False
@@ -134,15 +137,20 @@ def _judge(
     by_id = {query.id: query for query in queries}
     pairs = [(by_id[response.query_id], response) for response in responses]
     pairs += aggregate.swap_pairs(queries, responses)
-    found = judge.judge(
-        [
-            (query, wave_lib.inside(root, query.wav), response, out_dir / response.wav)
-            for query, response in pairs
-        ],
-        use_labels=use_labels,
-    )
-    if len(found) != len(pairs):
-        raise BenchError(f"the judge gave {len(found)} verdicts for {len(pairs)} pairs.")
+    answered = [
+        (query, wave_lib.inside(root, query.wav), response, out_dir / response.wav)
+        for query, response in pairs
+        if not response.error
+    ]
+    judged = judge.judge(answered, use_labels=use_labels)
+    if len(judged) != len(answered):
+        raise BenchError(f"the judge gave {len(judged)} verdicts for {len(answered)} pairs.")
+    judged_in_turn = iter(judged)
+    source = "label" if use_labels else "analyzer"
+    found = [
+        _unanswered(query, response, judge.name, source) if response.error else next(judged_in_turn)
+        for query, response in pairs
+    ]
     verdicts, swapped = found[: len(responses)], found[len(responses) :]
     swapped = [
         dataclasses.replace(
@@ -155,6 +163,26 @@ def _judge(
     write_jsonl(out_dir / "verdicts.jsonl", verdicts)
     write_jsonl(out_dir / "swapped.jsonl", swapped)
     return verdicts, swapped
+
+
+def _unanswered(query: Query, response: Response, judge: str, style_source: str) -> Verdict:
+    """The verdict on an answer that the system did not give: counted as failed, never dropped."""
+    return Verdict(
+        query_id=query.id,
+        system=response.system,
+        sample=response.sample,
+        score=math.nan,
+        status=f"respond: {response.error}",
+        transcript_in="",
+        style_in=query.style if style_source == "label" else "",
+        style_source=style_source,
+        transcript_out="",
+        tone_out="",
+        content=None,
+        tone_fit=None,
+        judge=judge,
+        raw={"respond": {"error": response.error}},
+    )
 
 
 def _listen(
@@ -174,10 +202,11 @@ def _listen(
         path = folder / name / "heard.jsonl"
         if path.is_file():
             known |= {row.key: row.heard for row in read_jsonl(path, ear.Hearing)}
-        wavs = [folder / name / row.wav for row in rows]
-        keys[name] = [ear.hearing_key(wav, answers) for wav in wavs]
-        todo |= dict(zip(keys[name], wavs, strict=True))
+        wavs = [folder / name / row.wav if answers and not row.error else None for row in rows]
+        keys[name] = [ear.hearing_key(wav, answers) if wav else "" for wav in wavs]
+        todo |= {key: wav for key, wav in zip(keys[name], wavs, strict=True) if wav}
     todo = {key: wav for key, wav in todo.items() if key not in known}
+    known[""] = None
     heard = ear.hear_files(list(todo.values()), answers, num_workers=num_workers)
     known |= dict(zip(todo, heard, strict=True))
     hearings = {}
@@ -193,7 +222,7 @@ def _listen(
 def _hearing(
     response: Response, key: str, heard: str | None, answers: Sequence[str]
 ) -> ear.Hearing:
-    expected = ear.nearest(response.text, answers)
+    expected = None if response.error else ear.nearest(response.text, answers)
     hit = expected is not None and heard == expected
     return ear.Hearing(response.query_id, response.sample, heard, expected, hit, key)
 

@@ -57,6 +57,8 @@ def tone(hz, dur_s=0.3):
 class StyleJudge:
     """Scores 4 where the answer's text names the query's style, else 2; NaN for 'broken'."""
 
+    name = "rubric-1"
+
     def __init__(self):
         self.calls = []
 

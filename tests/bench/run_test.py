@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import math
 
@@ -100,3 +101,40 @@ def test_mistakes_stop_before_any_answer(systems, asked, make):
     with pytest.raises(BenchError, match="no partner"):
         bench(systems, (queries[:1], root), judge)
     assert judge.calls == [] and not (root / "bench" / "listens").exists()
+
+
+class Silent:
+    """Answers in the right style, but not every query."""
+
+    name = "silent"
+
+    def __init__(self, recorded, lacking):
+        self._system, self._lacking = RecordedSystem("silent", recorded), lacking
+
+    def respond(self, queries, root, out_dir):
+        found = self._system.respond(queries, root, out_dir)
+        missing = {"wav": "", "error": "timeout: no reply"}
+        return [
+            dataclasses.replace(row, **missing) if row.query_id in self._lacking else row
+            for row in found
+        ]
+
+
+def test_an_answer_that_was_not_given_fails_and_is_counted(asked, recorded, make):
+    lacking = "emotion-0-sad-v1"
+    system = Silent(recorded("silent", lambda query: query.style), [lacking])
+    flat = tables.figures(bench([system], asked, make.judge()))
+    assert (flat["bench/silent/mean"], flat["bench/silent/failed"]) == (4.0, 1.0)
+    rows = read_jsonl(asked[1] / "bench" / "silent" / "verdicts.jsonl", Verdict)
+    (failed,) = [row for row in rows if row.query_id == lacking]
+    assert failed.status == "respond: timeout: no reply"
+
+
+def test_without_answers_to_listen_for_the_ear_rests(asked, recorded, make):
+    system = RecordedSystem("deaf", recorded("deaf", lambda query: "fine"))
+    queries, root = asked
+    found = run.bench(
+        [system], queries, root, root / "bench", judge=make.judge(), answers=(),
+        num_resamples=20, console=rich.console.Console(file=io.StringIO()),
+    )  # fmt: skip
+    assert math.isnan(tables.figures(found)["bench/deaf/asr_hit"])
