@@ -97,6 +97,17 @@ MEASURES: dict[str, Command] = {
             Lazy("paras2s_jax.perf.plan", "run"),
             takes_config=True,
         ),
+        Command(
+            "judge",
+            "pairs a second through the local judge, in batches and one by one",
+            (
+                Flag("pairs", "judged in batches", 1000, int),
+                Flag("single", "judged one by one", 60, int),
+                Flag("batch_size", "waves per call of a stage", 32, int),
+                WORKDIR,
+            ),
+            Lazy("paras2s_jax.perf.judge", "run"),
+        ),
     )
 }
 
