@@ -2,6 +2,7 @@
 
 Layout of the folder, all of it readable by hand and continued after a stop:
     queries.jsonl                  the queries asked (wav paths relative to the queries' root)
+    judge.json                     models and settings of the judge, for replays
     <system>/responses.jsonl       answers, with their wavs in <system>/wavs/
     <system>/verdicts.jsonl        each answer against its own query
     <system>/swapped.jsonl         each answer against the same words in the other style; the row's
@@ -16,7 +17,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import rich.console
 
@@ -26,6 +27,7 @@ from paras2s_jax.bench.aggregate import BenchError
 from paras2s_jax.bench.systems import System
 from paras2s_jax.bench.tables import Results, SystemResult
 from paras2s_jax.data.records import Query, Response, Verdict, read_jsonl, write_jsonl
+from paras2s_jax.judge.replay import write_description
 
 HEARD_QUERY = "heard_query_id"
 # System names become folder names and parts of figure names.
@@ -36,6 +38,10 @@ class Judge(Protocol):
     """What the bench asks of a judge."""
 
     name: str
+
+    def describe(self) -> dict[str, Any]:
+        """Models and settings of its stages: what `name` stands for."""
+        ...
 
     def judge(
         self, pairs: Sequence[tuple[Query, Path, Response, Path]], *, use_labels: bool = False
@@ -90,6 +96,7 @@ def bench(
     queries = [query for query in queries if aggregate.columns_of([query])]
     aggregate.swap_pairs(queries, [Response(query.id, "", 0, "", "") for query in queries])
     write_jsonl(folder / "queries.jsonl", queries)
+    write_description(judge, folder)
     found = {}
     for system in systems:
         out_dir = folder / system.name

@@ -23,10 +23,17 @@ from paras2s_jax.judge.interfaces import (
     WaveNamer,
 )
 from paras2s_jax.judge.ledger import Ledger, digest, file_digest, ledger_key
-from paras2s_jax.judge.stored_scores import Pending, StoredScores
+from paras2s_jax.judge.stored_scores import (
+    Pending,
+    StoredScores,
+    replayed_failures,
+    store_failures,
+)
 
 Pair = tuple[Query, Path, Response, Path]
 
+# Of the stage that names the style of a dimension.
+STYLE_PREFIX = "style "
 # Waves held in memory at once, and rows lost at most when a run is cut off.
 WAVES_PER_CHUNK = 512
 
@@ -71,6 +78,7 @@ class Judge:
         ledger: where stage outputs are kept; a wav is heard once however often it is judged.
         num_repeats: how often each pair is scored; the verdict has the mean, `raw` the answers.
         progress: shows a progress bar.
+        replay: takes everything from the ledger; no stage runs (see `judge.replay`).
     """
 
     def __init__(
@@ -84,8 +92,12 @@ class Judge:
         num_repeats: int = 1,
         progress: bool = True,
         waves_per_chunk: int = WAVES_PER_CHUNK,
+        replay: bool = False,
     ):
-        self._scores = StoredScores(scorer, ledger, num_repeats=num_repeats, progress=progress)
+        self._replay = replay
+        self._scores = StoredScores(
+            scorer, ledger, num_repeats=num_repeats, progress=progress, replay=replay
+        )
         self._ledger = ledger
         self._progress = progress
         self._waves_per_chunk = waves_per_chunk
@@ -101,7 +113,10 @@ class Judge:
     def describe(self) -> dict[str, Any]:
         """Every stage's model and settings: what `name` stands for in a table."""
         stages = {
-            stage: {"model": listener.model.model_id, "settings": dict(listener.model.settings)}
+            stage: {
+                "model": listener.model.model_id,
+                "settings": dict(listener.model.settings),
+            }
             for stage, listener in self._listeners.items()
         }
         return {**stages, "score": self._scores.describe()}
@@ -161,11 +176,14 @@ class Judge:
             if not isinstance(wav, Failure)
         }
         results = self._ledger.get_many(keys.values())
-        todo: dict[Path, dict[str, str]] = {}
-        for (wav, stage), key in keys.items():
-            if key not in results:
+        missing = {key: place for place, key in keys.items() if key not in results}
+        if self._replay:
+            results.update(replayed_failures(self._ledger, list(missing)))
+        else:
+            todo: dict[Path, dict[str, str]] = {}
+            for key, (wav, stage) in missing.items():
                 todo.setdefault(path_of[wav], {})[stage] = key
-        results.update(self._hear(todo))
+            results.update(self._hear(todo))
         outputs = {}
         for path, stage in wanted:
             wav = hashes[path]
@@ -212,11 +230,12 @@ class Judge:
                 fit[key] = wave
         if fit:
             results.update(zip(fit, listener.run(list(fit.values())), strict=True))
-        # Failures are not stored: a file may be repaired and a server may come back.
+        # Failures are only noted: a file may be repaired and a server may come back.
+        failures = {key: value for key, value in results.items() if isinstance(value, Failure)}
         self._ledger.put_many(
-            listener.stage,
-            {key: value for key, value in results.items() if not isinstance(value, Failure)},
+            listener.stage, {key: results[key] for key in results if key not in failures}
         )
+        store_failures(self._ledger, listener.stage, failures)
         return results
 
 
@@ -279,7 +298,7 @@ class _Findings:
 
 
 def _style_stage(dimension: str) -> str:
-    return f"style {dimension}"
+    return STYLE_PREFIX + dimension
 
 
 def _text(output: Transcript | Named | Failure) -> str:

@@ -19,8 +19,10 @@ import numpy as np
 # Keys per SELECT: SQLite allows 999 bound variables in its oldest default build.
 _KEYS_PER_QUERY = 500
 
+# Failures are kept apart: a stage is asked again, but a table can be made again with them.
+_TABLES = ("outputs", "failures")
 _SCHEMA = """
-CREATE TABLE IF NOT EXISTS outputs (
+CREATE TABLE IF NOT EXISTS {table} (
   key TEXT PRIMARY KEY,
   stage TEXT NOT NULL,
   output TEXT NOT NULL,
@@ -93,7 +95,8 @@ class Ledger:
             # as safe and only slower.
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=NORMAL")
-            self._db.execute(_SCHEMA)
+            for table in _TABLES:
+                self._db.execute(_SCHEMA.format(table=table))
         except sqlite3.DatabaseError as error:
             self._db.close()
             raise LedgerError(
@@ -103,12 +106,19 @@ class Ledger:
 
     def get_many(self, keys: Iterable[str]) -> dict[str, Any]:
         """Returns the stored outputs of those `keys` that are present."""
+        return self._get(keys, "outputs")
+
+    def failures(self, keys: Iterable[str]) -> dict[str, Any]:
+        """Returns, of those `keys` without an output, how they last failed, where that is known."""
+        return self._get(keys, "failures")
+
+    def _get(self, keys: Iterable[str], table: str) -> dict[str, Any]:
         keys = list(dict.fromkeys(keys))
         found = {}
         for start in range(0, len(keys), _KEYS_PER_QUERY):
             part = keys[start : start + _KEYS_PER_QUERY]
             marks = ",".join("?" * len(part))
-            rows = self._db.execute(f"SELECT key, output FROM outputs WHERE key IN ({marks})", part)
+            rows = self._db.execute(f"SELECT key, output FROM {table} WHERE key IN ({marks})", part)
             for key, text in rows:
                 try:
                     found[key] = json.loads(text)
@@ -129,6 +139,15 @@ class Ledger:
         self._db.execute("BEGIN IMMEDIATE")
         with self._db:
             self._db.executemany("INSERT OR IGNORE INTO outputs VALUES (?, ?, ?, ?)", rows)
+            self._db.executemany("DELETE FROM failures WHERE key = ?", [(key,) for key in outputs])
+
+    def put_failures(self, stage: str, failures: Mapping[str, Any]) -> None:
+        """Notes how the stage last failed for keys; they count as missing all the same."""
+        now_s = time.time()
+        rows = [(key, stage, canonical_json(value), now_s) for key, value in failures.items()]
+        self._db.execute("BEGIN IMMEDIATE")
+        with self._db:
+            self._db.executemany("INSERT OR REPLACE INTO failures VALUES (?, ?, ?, ?)", rows)
 
     def counts(self) -> dict[str, int]:
         """Number of stored outputs per stage."""

@@ -23,15 +23,22 @@ class Pending(NamedTuple):
 class StoredScores:
     """Asks the scorer what the ledger does not know; stores every answer as it comes.
 
-    num_repeats: how often each pair is scored.
+    num_repeats: how often each pair is scored. replay: what the ledger does not know is a failure,
+    the one that it had if it is noted; the scorer is only asked for its name.
     """
 
     def __init__(
-        self, scorer: Scorer, ledger: Ledger, *, num_repeats: int = 1, progress: bool = True
+        self,
+        scorer: Scorer,
+        ledger: Ledger,
+        *,
+        num_repeats: int = 1,
+        progress: bool = True,
+        replay: bool = False,
     ):
         if num_repeats < 1:
             raise ValueError(f"num_repeats {num_repeats} must be at least 1")
-        self._scorer, self._ledger = scorer, ledger
+        self._scorer, self._ledger, self._replay = scorer, ledger, replay
         self._num_repeats, self._progress = num_repeats, progress
 
     def describe(self) -> dict[str, Any]:
@@ -68,6 +75,9 @@ class StoredScores:
         stored = self._ledger.get_many(keys.values())
         answers = {item: Score(**stored[key]) for item, key in keys.items() if key in stored}
         missing = [item for item in items if item not in answers]
+        if self._replay:
+            found = replayed_failures(self._ledger, [keys[item] for item in missing])
+            return answers | {item: found[keys[item]] for item in missing}
         quiet = not self._progress or not missing
         with tqdm(total=len(missing), desc="judge: score", unit="pair", disable=quiet) as bar:
             for index, answer in self._scorer.score(missing, repeat):
@@ -76,6 +86,8 @@ class StoredScores:
                 if isinstance(answer, Score):
                     # One by one: an answer may have cost money, and the next may be the end.
                     store(self._ledger, {keys[item]: answer})
+                else:
+                    store_failures(self._ledger, STAGE, {keys[item]: answer})
                 bar.update()
         return {item: answers[item] for item in items}
 
@@ -92,6 +104,18 @@ def store(ledger: Ledger, scores: Mapping[str, Score]) -> None:
         rows[key] = dataclasses.asdict(score)
         del rows[key]["repeats"]
     ledger.put_many(STAGE, rows)
+
+
+def store_failures(ledger: Ledger, stage: str, failures: Mapping[str, Failure]) -> None:
+    """Notes why keys have no output."""
+    ledger.put_failures(stage, {k: dataclasses.asdict(failure) for k, failure in failures.items()})
+
+
+def replayed_failures(ledger: Ledger, keys: Sequence[str]) -> dict[str, Failure]:
+    """A failure for every key: the one that was noted, or that the ledger does not know it."""
+    noted = {key: Failure(**values) for key, values in ledger.failures(keys).items()}
+    unknown = Failure("not in the ledger; judge it without --replay")
+    return {key: noted.get(key, unknown) for key in keys}
 
 
 def _combined(found: Sequence[Score | Failure]) -> Score | Failure:

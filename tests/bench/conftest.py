@@ -62,6 +62,9 @@ class StyleJudge:
     def __init__(self):
         self.calls = []
 
+    def describe(self):
+        return {"score": {"model": self.name, "settings": {}}}
+
     def judge(self, pairs, *, use_labels=False):
         self.calls.append(len(pairs))
         verdicts = []
