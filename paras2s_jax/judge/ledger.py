@@ -153,6 +153,10 @@ class Ledger:
         """Number of stored outputs per stage."""
         return dict(self._db.execute("SELECT stage, COUNT(*) FROM outputs GROUP BY stage"))
 
+    def num_failures(self) -> int:
+        """Number of keys that are noted as failed."""
+        return self._db.execute("SELECT COUNT(*) FROM failures").fetchone()[0]
+
     def close(self) -> None:
         self._db.close()
 

@@ -98,6 +98,17 @@ MEASURES: dict[str, Command] = {
             takes_config=True,
         ),
         Command(
+            "faults",
+            "what a server that fails and a program that is killed lose or pay twice",
+            (
+                Flag("queries", "asked and judged", 200, int),
+                Flag("kills", "times that the program is killed", 6, int),
+                Flag("seed", "of the moments", 0, int),
+                WORKDIR,
+            ),
+            Lazy("paras2s_jax.perf.faults", "run"),
+        ),
+        Command(
             "judge",
             "pairs a second through the local judge, in batches and one by one",
             (

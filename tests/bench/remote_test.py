@@ -13,7 +13,7 @@ from paras2s_jax.bench.remote import ChatSystem, PipelineSystem
 from paras2s_jax.data import endpoint
 from paras2s_jax.data.endpoint import ChatClient, Endpoint
 from paras2s_jax.data.records import Response, read_jsonl
-from tests.chat_server import ChatServer, Fault, audio_message
+from paras2s_jax.perf.chat_server import ChatServer, Fault, audio_message
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ import pytest
 
 from paras2s_jax.data import endpoint
 from paras2s_jax.data.endpoint import CallFailure, ChatClient, Endpoint, EndpointError, Reply
-from tests.chat_server import ChatServer, Fault, audio_message
+from paras2s_jax.perf.chat_server import ChatServer, Fault, audio_message
 
 BODY = {"messages": [{"role": "user", "content": "hello"}]}
 

@@ -7,7 +7,7 @@ from paras2s_jax.data import query_writer
 from paras2s_jax.data.endpoint import ChatClient, Endpoint, EndpointError
 from paras2s_jax.data.query_writer import Candidate, likest, write_sentences
 from paras2s_jax.data.records import read_jsonl
-from tests.chat_server import ChatServer, Fault
+from paras2s_jax.perf.chat_server import ChatServer, Fault
 
 STYLES = ("sad", "surprised")
 

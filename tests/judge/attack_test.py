@@ -10,7 +10,7 @@ from paras2s_jax.judge.endpoint_score import EndpointScorer
 from paras2s_jax.judge.interfaces import Failure, Heard, Score
 from paras2s_jax.judge.score import RubricScorer
 from paras2s_jax.judge.score_prompt import ScorePrompt
-from tests.chat_server import ChatServer
+from paras2s_jax.perf.chat_server import ChatServer
 
 
 @pytest.fixture(scope="module")

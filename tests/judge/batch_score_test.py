@@ -11,7 +11,7 @@ from paras2s_jax.judge.interfaces import Heard
 from paras2s_jax.judge.ledger import Ledger
 from paras2s_jax.judge.score_prompt import ScorePrompt
 from paras2s_jax.judge.stored_scores import StoredScores
-from tests.chat_server import completion
+from paras2s_jax.perf.chat_server import completion
 
 
 class BatchServer:

@@ -7,7 +7,7 @@ from paras2s_jax.data.endpoint import ChatClient, Endpoint, EndpointError
 from paras2s_jax.judge.endpoint_score import EndpointScorer
 from paras2s_jax.judge.interfaces import Failure, Heard
 from paras2s_jax.judge.score_prompt import SCHEMA, ScorePrompt
-from tests.chat_server import ChatServer, Fault
+from paras2s_jax.perf.chat_server import ChatServer, Fault
 
 
 @pytest.fixture(autouse=True)

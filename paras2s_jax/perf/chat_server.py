@@ -1,9 +1,10 @@
-"""A chat server for tests: speaks /v1/chat/completions over HTTP, and fails as it is told to."""
+"""A chat server for measures and tests: speaks /v1/chat/completions, and fails as it is told."""
 
 import base64
 import contextlib
 import http.server
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -82,8 +83,7 @@ class ChatServer:
                 else:
                     raise ValueError(fault.kind)
 
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), Handler)
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
 
     @property
@@ -97,6 +97,15 @@ class ChatServer:
     def __exit__(self, *exc):
         self._server.shutdown()
         self._server.server_close()
+
+
+class _Server(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request, client_address):
+        """Clients that hang up, because they time out or are killed, are what this is for."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 def completion(found) -> dict:
