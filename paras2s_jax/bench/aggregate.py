@@ -187,11 +187,13 @@ def swap_pairs(
     The partner has the same sentence and split, the same voice where there is one, and otherwise
     the same rank among its sentence's voices, so that no voice serves as partner more than others.
 
+    Real speech has no partner, and no pair.
+
     Returns:
         (query in the other style, answer), in the order of the answers that have a column.
 
     Raises:
-        BenchError: a sentence was never spoken in its contrast style.
+        BenchError: a sentence of a dimension was never spoken in its contrast style.
     """
     by_id = {query.id: query for query in queries}
     spoken = defaultdict(list)
@@ -201,7 +203,7 @@ def swap_pairs(
     pairs = []
     for response in responses:
         query = by_id[response.query_id]
-        if column_of(query) not in columns:
+        if column_of(query) not in columns or column_of(query) in REAL:
             continue
         others = spoken[query.sentence_id, query.split, query.contrast]
         if not others:

@@ -23,7 +23,7 @@ import rich.console
 
 from paras2s_jax.audio import wave as wave_lib
 from paras2s_jax.bench import aggregate, comparison, ear, tables
-from paras2s_jax.bench.aggregate import BenchError
+from paras2s_jax.bench.aggregate import BenchError, Estimate
 from paras2s_jax.bench.systems import System
 from paras2s_jax.bench.tables import Results, SystemResult
 from paras2s_jax.data.records import Query, Response, Verdict, read_jsonl, write_jsonl
@@ -247,13 +247,11 @@ def summarize(
     scores, rows = {}, []
     for name, part in judged.items():
         scores[name] = aggregate.scores_of(queries, part.verdicts, name)
-        swapped = aggregate.scores_of(queries, part.swapped, f"{name} (swapped)")
-        gains = aggregate.swap_gains(scores[name], swapped)
         rows.append(
             SystemResult(
                 name=name,
                 scores=aggregate.column_estimates(queries, scores[name], **settings),
-                swap=aggregate.column_estimates(queries, gains, **settings),
+                swap=_swap_estimates(queries, scores[name], part.swapped, name, **settings),
                 asr_hit=ear.hit_rate(part.hearings),
                 asr_total=len(part.hearings),
             )
@@ -271,3 +269,20 @@ def summarize(
         num_queries=len(queries),
         num_resamples=num_resamples,
     )
+
+
+def _swap_estimates(
+    queries: Sequence[Query],
+    scores: Mapping[aggregate.Key, float],
+    swapped: Sequence[Verdict],
+    name: str,
+    **settings,
+) -> dict[str, Estimate]:
+    """Swap gains by column; real speech, which has no other style, is no part of them."""
+    paired = [query for query in queries if aggregate.column_of(query) not in aggregate.REAL]
+    if not paired:
+        return {aggregate.MEAN: Estimate(math.nan, math.nan, math.nan, 0, 0, 0)}
+    ids = {query.id for query in paired}
+    own = {key: score for key, score in scores.items() if key[0] in ids}
+    gains = aggregate.swap_gains(own, aggregate.scores_of(paired, swapped, f"{name} (swapped)"))
+    return aggregate.column_estimates(paired, gains, **settings)

@@ -138,3 +138,17 @@ def test_without_answers_to_listen_for_the_ear_rests(asked, recorded, make):
         num_resamples=20, console=rich.console.Console(file=io.StringIO()),
     )  # fmt: skip
     assert math.isnan(tables.figures(found)["bench/deaf/asr_hit"])
+
+
+def test_real_speech_has_scores_and_no_swap_gain(asked, recorded, make):
+    queries, root = asked
+    real = [dataclasses.replace(query, topic="meld") for query in queries[:1]]
+    system = RecordedSystem("listens", recorded("listens", lambda query: query.style))
+    for some, gain in ((real, math.nan), ([*real, *queries[4:]], 2.0)):
+        found = run.bench(
+            [system], some, root, root / f"bench{len(some)}", judge=make.judge(), answers=(),
+            num_resamples=20, console=rich.console.Console(file=io.StringIO()),
+        )  # fmt: skip
+        flat = tables.figures(found)
+        assert flat["bench/listens/meld"] == 4.0
+        assert flat["bench/listens/swap_gain"] == pytest.approx(gain, nan_ok=True)
