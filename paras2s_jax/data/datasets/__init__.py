@@ -1,0 +1,1 @@
+"""Query sets as tensorflow-datasets: importing this package registers its builders."""
