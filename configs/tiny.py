@@ -47,6 +47,46 @@ def whisper(**fields) -> ConfigDict:
     return ConfigDict(base | fields)
 
 
+def judge(**fields) -> ConfigDict:
+    """The judge's stages; by default those that come with the package or are trained in the run."""
+    base = dict(
+        batch_size=32,
+        dtype="float32",  # of released models
+        # "packaged", or a released Whisper: folder or hub id.
+        transcriber="packaged",
+        language="en",  # of a released one; "" detects it
+        # Per dimension "trained" (stage analyzers), "" (labels are taken as true), or a released
+        # classifier, whose labels analyzer_names maps to styles.
+        analyzers=dict.fromkeys(("emotion", "sarcasm", "age", "gender"), "trained"),
+        analyzer_names=dict(emotion={}, sarcasm={}, age={}, gender={}),
+        len_buckets_s=(4.0, 8.0, 16.0, 30.0),  # of released classifiers
+        # "packaged", or a released Qwen2-Audio (Audio-Reasoner wants about 1000 new tokens).
+        tone="packaged",
+        tone_max_new_tokens=16,
+        # "rubric" reads cue phrases; "endpoint" and "local" are language models with a prompt.
+        scorer="rubric",
+        num_repeats=1,
+        prompt_version="1",
+        endpoint=dict(
+            base_url="https://api.openai.com/v1",
+            model="gpt-4.1",
+            api_key_env="OPENAI_API_KEY",
+            concurrency=8,
+            requests_per_minute=0.0,
+            timeout_s=60.0,
+            max_retries=5,
+            usd_per_million_in=0.0,
+            usd_per_million_out=0.0,
+            usd_cap=0.0,
+        ),
+        response_format="json_schema",
+        temperature=0.0,
+        max_tokens=300,
+        local=dict(checkpoint="Qwen/Qwen2.5-7B-Instruct", batch_size=8),
+    )
+    return ConfigDict(base | fields)
+
+
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """Builds the config.
 
@@ -198,7 +238,7 @@ def _add_supervision(c: ConfigDict) -> None:
 
 
 def _add_reinforcement(c: ConfigDict) -> None:
-    c.judge = ConfigDict(dict(batch_size=32))
+    c.judge = judge()
     c.distill = ConfigDict(
         _DEMONSTRATIONS
         | dict(

@@ -7,29 +7,129 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from paras2s_jax.convert import from_pretrained
 from paras2s_jax.data.bank import load_bank
-from paras2s_jax.data.records import DIMENSIONS, Response, Verdict, read_jsonl
+from paras2s_jax.data.endpoint import ChatClient, Endpoint
+from paras2s_jax.data.records import Response, Verdict, read_jsonl
+from paras2s_jax.judge.captioner import ToneCaptioner
 from paras2s_jax.judge.chain import Judge
 from paras2s_jax.judge.classifier import WaveClassifier
+from paras2s_jax.judge.endpoint_score import EndpointScorer
+from paras2s_jax.judge.interfaces import Scorer, Transcriber, WaveCaptioner, WaveNamer
 from paras2s_jax.judge.ledger import Ledger
+from paras2s_jax.judge.local_score import LocalScorer
+from paras2s_jax.judge.published import PublishedClassifier
+from paras2s_jax.judge.released import ReleasedTranscriber
 from paras2s_jax.judge.score import RubricScorer
+from paras2s_jax.judge.score_prompt import ScorePrompt
 from paras2s_jax.judge.style import StyleAnalyzers
 from paras2s_jax.judge.transcribe import WhisperTranscriber
+from paras2s_jax.models.qwen2 import Qwen2LM
+from paras2s_jax.models.qwen2_audio import Qwen2Audio
 from paras2s_jax.stages.registry import StageError
 from paras2s_jax.stages.speech import TONE_FILE, parts_dir
 
+PACKAGED, TRAINED = "packaged", "trained"
+SCORERS = ("rubric", "endpoint", "local")
+
 
 def make_judge(config: ConfigDict, workdir: Path, *, progress: bool = True) -> Judge:
-    """Recogniser, PolyTone analyzers, tone namer, rubric; verdicts go to the run's ledger."""
-    folder, batch_size = parts_dir(config, workdir), config.judge.batch_size
+    """The stages that config.judge names; everything they find goes to the run's ledger.
+
+    Raises:
+        StageError: a name is unknown, or does not go with the others.
+        EndpointError: a server is named without all that it needs.
+    """
+    c = config.judge
     return Judge(
-        WhisperTranscriber.load(folder, batch_size=batch_size),
-        StyleAnalyzers.load(workdir / "analyzers", DIMENSIONS, batch_size=batch_size),
-        WaveClassifier.load(folder / TONE_FILE, batch_size=batch_size),
-        RubricScorer(load_bank().rubric),
+        _transcriber(config, workdir),
+        _analyzers(config, workdir),
+        _tone(config, workdir),
+        make_scorer(config),
         Ledger(workdir / "ledger.sqlite"),
+        num_repeats=c.num_repeats,
         progress=progress,
     )
+
+
+def _transcriber(config: ConfigDict, workdir: Path) -> Transcriber:
+    c = config.judge
+    if c.transcriber == PACKAGED:
+        return WhisperTranscriber.load(parts_dir(config, workdir), batch_size=c.batch_size)
+    return ReleasedTranscriber.load(
+        c.transcriber, dtype=c.dtype, language=c.language or None, batch_size=c.batch_size
+    )
+
+
+def _analyzers(config: ConfigDict, workdir: Path) -> dict[str, WaveNamer]:
+    """Per dimension: trained here, or published; a dimension without one is judged by labels."""
+    c, found = config.judge, {}
+    for dimension, source in c.analyzers.items():
+        if source == TRAINED:
+            loaded = StyleAnalyzers.load(
+                workdir / "analyzers", [dimension], batch_size=c.batch_size
+            )
+            found[dimension] = loaded[dimension]
+        elif source:
+            found[dimension] = PublishedClassifier.load(
+                source,
+                c.analyzer_names[dimension].to_dict(),
+                len_buckets_s=tuple(c.len_buckets_s),
+                batch_size=c.batch_size,
+            )
+    return found
+
+
+def _tone(config: ConfigDict, workdir: Path) -> WaveNamer | WaveCaptioner:
+    c = config.judge
+    if c.tone == PACKAGED:
+        path = parts_dir(config, workdir) / TONE_FILE
+        return WaveClassifier.load(path, batch_size=c.batch_size)
+    model, params, processor = from_pretrained(c.tone, dtype=c.dtype)
+    if not isinstance(model, Qwen2Audio) or processor is None:
+        raise StageError(
+            f"judge.tone = {c.tone!r} is no Qwen2-Audio with its processor; take one, or "
+            f"{PACKAGED!r}."
+        )
+    return ToneCaptioner(
+        model,
+        {"params": params},
+        processor,
+        max_new_tokens=c.tone_max_new_tokens,
+        batch_size=c.batch_size,
+    )
+
+
+def make_scorer(config: ConfigDict) -> Scorer:
+    """The scorer alone; see make_judge."""
+    c = config.judge
+    if c.scorer == "rubric":
+        return RubricScorer(load_bank().rubric)
+    prompt = ScorePrompt.load(c.prompt_version)
+    if c.scorer == "endpoint":
+        return EndpointScorer(
+            ChatClient(Endpoint(**c.endpoint)),
+            prompt,
+            response_format=c.response_format,
+            temperature=c.temperature,
+            max_tokens=c.max_tokens,
+        )
+    if c.scorer == "local":
+        model, params, tokenizer = from_pretrained(c.local.checkpoint, dtype=c.dtype)
+        if not isinstance(model, Qwen2LM) or tokenizer is None:
+            raise StageError(
+                f"judge.local.checkpoint = {c.local.checkpoint!r} is no text model with a "
+                "tokenizer; take for instance Qwen/Qwen2.5-7B-Instruct."
+            )
+        return LocalScorer(
+            model,
+            params,
+            tokenizer,
+            prompt,
+            name=Path(c.local.checkpoint).name,
+            batch_size=c.local.batch_size,
+        )
+    raise StageError(f"judge.scorer is {c.scorer!r}; choose one of {', '.join(SCORERS)}.")
 
 
 def given_verdicts(path: Path, responses: Sequence[Response], answers: Path) -> list[Verdict]:

@@ -134,7 +134,9 @@ def stages_of(config: ConfigDict) -> dict[str, Stage]:
     c = config
     speech = () if c.data.folder else ("synthesize",)
     start = speech if c.policy.checkpoint else ("base",)
-    judge = () if c.distill.verdicts else ("analyzers",)
+    trains = "trained" in c.judge.analyzers.values()
+    analyzers = ("analyzers",) if trains else ()
+    judge = () if c.distill.verdicts else analyzers
     parts = () if c.distill.model.checkpoint else ("pretrain",)
     # Who listens meanwhile: the judge, which has its own recogniser, or a recogniser alone.
     listeners = ("analyzers",) if c.grpo.health.gap_every else ()
@@ -144,7 +146,7 @@ def stages_of(config: ConfigDict) -> dict[str, Stage]:
         "sft_5x": start,
         "distill": ("sft", *judge, *parts),
         "grpo": ("distill", *listeners),
-        "bench": (*(name for name in c.bench.systems if name != "base"), "analyzers"),
+        "bench": (*(name for name in c.bench.systems if name != "base"), *analyzers),
     }
     spared = {"base"} if c.policy.checkpoint else set()
     spared |= {"sft_5x"} - set(c.bench.systems)
