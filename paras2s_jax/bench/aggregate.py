@@ -43,6 +43,11 @@ def column_of(query: Query) -> str:
     return query.topic if query.topic in REAL else query.dimension
 
 
+def style_of(query: Query) -> str:
+    """The style of a query with its column: "emotion/sad" and "meld/sad" are different groups."""
+    return f"{column_of(query)}/{query.style}"
+
+
 def columns_of(queries: Iterable[Query]) -> tuple[str, ...]:
     """The columns present in the queries, in the order of the paper; the neutral have none."""
     present = {column_of(query) for query in queries}

@@ -25,8 +25,9 @@ from paras2s_jax.audio import wave as wave_lib
 from paras2s_jax.bench import aggregate, comparison, ear, tables
 from paras2s_jax.bench.aggregate import BenchError, Estimate
 from paras2s_jax.bench.systems import System
-from paras2s_jax.bench.tables import Results, SystemResult
+from paras2s_jax.bench.tables import CardMark, JudgeInfo, Results, SystemResult
 from paras2s_jax.data.records import Query, Response, Verdict, read_jsonl, write_jsonl
+from paras2s_jax.judge.ledger import digest, file_digest
 from paras2s_jax.judge.replay import write_description
 
 HEARD_QUERY = "heard_query_id"
@@ -70,6 +71,7 @@ def bench(
     answers: Sequence[str],
     comparisons: Sequence[tuple[str, str]] = (),
     use_labels: bool = False,
+    card: CardMark | None = None,
     num_resamples: int = 2000,
     seed: int = 0,
     num_workers: int | None = None,
@@ -85,6 +87,7 @@ def bench(
         answers: texts that the ear listens for; none: it does not listen.
         comparisons: (a, b) names of systems to compare pairwise.
         use_labels: give the judge the true styles (the table says so).
+        card: how the judge did on its card, where there is one (the table says so).
 
     Returns:
         the results; `tables.figures` makes them flat figures.
@@ -107,12 +110,30 @@ def bench(
         folder, {name: part[0] for name, part in found.items()}, answers, num_workers
     )
     judged = {name: Judged(*part, hearings[name]) for name, part in found.items()}
-    results = summarize(judged, queries, comparisons, num_resamples=num_resamples, seed=seed)
+    results = summarize(
+        judged,
+        queries,
+        comparisons,
+        judge=JudgeInfo(judge.scorer, judge.version, judge.describe(), card),
+        query_set=query_set_of(queries, root),
+        num_resamples=num_resamples,
+        seed=seed,
+    )
     tables.write_results(results, folder)
     # Where no terminal tells its width (a log), the table needs more than the usual 80 columns.
     console = console or rich.console.Console(width=None if sys.stdout.isatty() else 110)
     console.print(tables.to_rich(results))
     return results
+
+
+def query_set_of(queries: Sequence[Query], root: Path) -> str:
+    """Hash of what was asked: the queries' labels and the bytes of their wavs, in any order."""
+    rows = []
+    for query in queries:
+        labels = dataclasses.asdict(query)
+        del labels["wav"]
+        rows.append([labels, file_digest(wave_lib.inside(root, query.wav))])
+    return digest(sorted(rows, key=lambda row: row[0]["id"]))[:16]
 
 
 def _check_names(names: Sequence[str], comparisons: Sequence[tuple[str, str]]) -> None:
@@ -239,6 +260,8 @@ def summarize(
     queries: Sequence[Query],
     comparisons: Sequence[tuple[str, str]] = (),
     *,
+    judge: JudgeInfo,
+    query_set: str,
     num_resamples: int = 2000,
     seed: int = 0,
 ) -> Results:
@@ -254,6 +277,8 @@ def summarize(
                 swap=_swap_estimates(queries, scores[name], part.swapped, name, **settings),
                 asr_hit=ear.hit_rate(part.hearings),
                 asr_total=len(part.hearings),
+                styles=aggregate.breakdown(queries, scores[name], aggregate.style_of, **settings),
+                voices=aggregate.breakdown(queries, scores[name], _voice_of, **settings),
             )
         )
     verdicts = [verdict for part in judged.values() for verdict in part.verdicts + part.swapped]
@@ -265,6 +290,8 @@ def summarize(
         ),
         judges=tuple(sorted({verdict.judge for verdict in verdicts})),
         style_sources=tuple(sorted({verdict.style_source for verdict in verdicts})),
+        judge=judge,
+        query_set=query_set,
         ear=ear.ear_name(),
         num_queries=len(queries),
         num_resamples=num_resamples,
@@ -286,3 +313,7 @@ def _swap_estimates(
     own = {key: score for key, score in scores.items() if key[0] in ids}
     gains = aggregate.swap_gains(own, aggregate.scores_of(paired, swapped, f"{name} (swapped)"))
     return aggregate.column_estimates(paired, gains, **settings)
+
+
+def _voice_of(query: Query) -> str:
+    return query.voice

@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import rich.box
@@ -29,7 +30,7 @@ class SystemResult:
     """One row: `scores` and `swap` by column (and `MEAN`), and what an independent ear heard.
 
     `asr_hit` is the share of `asr_total` answers whose words the ear names; NaN for a system
-    without a text stream.
+    without a text stream. `styles` has scores by "<column>/<style>", `voices` by voice.
     """
 
     name: str
@@ -37,16 +38,45 @@ class SystemResult:
     swap: dict[str, Estimate]
     asr_hit: float
     asr_total: int
+    styles: dict[str, Estimate]
+    voices: dict[str, Estimate]
+
+
+@dataclasses.dataclass(frozen=True)
+class CardMark:
+    """Whether the judge passed its card (answers of known worth), and what it failed there."""
+
+    passed: bool
+    failed: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgeInfo:
+    """Who scored: rows of a table are comparable where this is the same.
+
+    scorer: its name. version: of its prompt or rubric. settings: every stage's model and settings
+    (`judge.chain.Judge.describe`). card: None where the judge was not examined.
+    """
+
+    scorer: str
+    version: str
+    settings: dict[str, Any]
+    card: CardMark | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """Everything a table or a report says about a bench."""
+    """Everything a table or a report says about a bench.
+
+    judges: names found in the verdicts. query_set: hash of the queries, their sound included.
+    """
 
     systems: tuple[SystemResult, ...]
     comparisons: tuple[Comparison, ...]
     judges: tuple[str, ...]
     style_sources: tuple[str, ...]
+    judge: JudgeInfo
+    query_set: str
     ear: str
     num_queries: int
     num_resamples: int
@@ -117,21 +147,38 @@ def layout(results: Results) -> list[tuple[str, Callable[[SystemResult], str]]]:
     ]
 
 
+def style_sources(results: Results) -> str:
+    """Where the judge had the queries' styles from, in words."""
+    source = {"analyzer": "heard by the analyzers", "label": "TRUE LABELS given to the judge"}
+    return ", ".join(source[name] for name in results.style_sources)
+
+
+def card_lines(card: CardMark | None) -> list[str]:
+    """What a table must say of the judge's card: nothing where there is none."""
+    if card is None:
+        return []
+    if card.passed:
+        return ["The judge passed its card."]
+    return [
+        f"THE JUDGE FAILED ITS CARD ({'; '.join(card.failed)}): scores were forced, trust none."
+    ]
+
+
 def _failed(estimate: Estimate) -> str:
     return f"{estimate.num_failed}/{estimate.num_failed + estimate.num_scored}"
 
 
 def caption(results: Results) -> list[str]:
     """Who judged what and how, and the paired comparisons; one sentence per line."""
-    source = {"analyzer": "heard by the analyzers", "label": "TRUE LABELS given to the judge"}
     swap_failed = ", ".join(
         f"{system.name} {system.swap[MEAN].num_failed}"
         for system in results.systems
         if system.swap[MEAN].num_failed
     )
     lines = [
-        f"Judge: {', '.join(results.judges)}; style of the query: "
-        f"{', '.join(source[name] for name in results.style_sources)}.",
+        f"Judge: {', '.join(results.judges)}; scorer {results.judge.scorer}, version "
+        f"{results.judge.version}; style of the query: {style_sources(results)}.",
+        *card_lines(results.judge.card),
         f"{results.num_queries} queries, scores 1 to 5 [95 % CI: {results.num_resamples} bootstrap "
         "resamples of sentences].",
         "Swap gain: score of an answer minus its score against the same words in the other style; "
@@ -221,22 +268,41 @@ def write_results(results: Results, folder: Path) -> None:
 
 
 def read_results(folder: Path) -> Results:
+    """Reads results.json of a bench's folder; BenchError where there is none, or a broken one."""
     path = folder / "results.json"
     if not path.is_file():
         raise BenchError(f"{path}: no such file; run the bench first.")
-    values = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return _from_json(values)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise BenchError(
+            f"{path} is not the results of a bench of this version ({error}); run the bench again, "
+            "which keeps answers and verdicts."
+        ) from error
 
-    def estimates(row: dict) -> dict[str, Estimate]:
-        return {name: Estimate(**_with_nan(part)) for name, part in row.items()}
 
-    systems = tuple(
-        SystemResult(**_with_nan(row | {key: estimates(row[key]) for key in ("scores", "swap")}))
-        for row in values.pop("systems")
-    )
-    comparisons = tuple(Comparison(**_with_nan(row)) for row in values.pop("comparisons"))
-    judges, sources = tuple(values.pop("judges")), tuple(values.pop("style_sources"))
+def _from_json(values: dict) -> Results:
+    """Raises ValueError, TypeError, KeyError or AttributeError where the values do not fit."""
+    systems = []
+    for row in values.pop("systems"):
+        estimates = {
+            key: {name: Estimate(**_with_nan(part)) for name, part in row[key].items()}
+            for key in ("scores", "swap", "styles", "voices")
+        }
+        systems.append(SystemResult(**_with_nan(row | estimates)))
+    if not systems:
+        raise ValueError("it has no system")
+    judge = values.pop("judge")
+    card = judge.pop("card")
+    card = card and CardMark(card["passed"], tuple(card["failed"]))
     return Results(
-        systems=systems, comparisons=comparisons, judges=judges, style_sources=sources, **values
+        systems=tuple(systems),
+        comparisons=tuple(Comparison(**_with_nan(row)) for row in values.pop("comparisons")),
+        judges=tuple(values.pop("judges")),
+        style_sources=tuple(values.pop("style_sources")),
+        judge=JudgeInfo(**judge, card=card),
+        **values,
     )
 
 

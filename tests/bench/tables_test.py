@@ -10,6 +10,8 @@ from paras2s_jax.bench import tables
 from paras2s_jax.bench.aggregate import BenchError, Estimate
 from paras2s_jax.bench.comparison import Comparison
 
+JUDGE = tables.JudgeInfo("rubric", "1", {"score": {"model": "rubric-1", "settings": {}}})
+
 
 def estimate(value, failed=0):
     return Estimate(value, value - 0.1, value + 0.1, 20, failed, 10)
@@ -20,7 +22,8 @@ def results(columns=("age", "emotion"), **fields):
         scores = {column: estimate(value + n) for n, column in enumerate(columns)}
         scores["mean"] = estimate(value + 0.5, failed=3)
         swap = {column: estimate(value - 3) for column in (*columns, "mean")}
-        return tables.SystemResult(name, scores, swap, hit, 20)
+        styles = {"emotion/sad": estimate(value)}
+        return tables.SystemResult(name, scores, swap, hit, 20, styles, {"v1": estimate(value)})
 
     values = {
         "systems": (system("sft", 3.0, 0.95), system("grpo", 3.5, math.nan)),
@@ -31,6 +34,8 @@ def results(columns=("age", "emotion"), **fields):
         ),
         "judges": ("rubric-1-abc",),
         "style_sources": ("analyzer",),
+        "judge": JUDGE,
+        "query_set": "c0ffee",
         "ear": "PocketSphinx 5",
         "num_queries": 20,
         "num_resamples": 2000,
@@ -68,7 +73,11 @@ def test_markdown_row_and_caption():
         "| +0.00 [-0.10, +0.10] | 3/23 | 95 % |" in text
     )
     assert "| n/a |" in text  # grpo was not heard.
-    assert "Judge: rubric-1-abc; style of the query: heard by the analyzers." in text
+    assert (
+        "Judge: rubric-1-abc; scorer rubric, version 1; style of the query: heard by the analyzers."
+        in text
+    )
+    assert "card" not in text
     assert (
         "grpo against sft, paired: +10.0 % [+5.0, +15.0], +0.35 points, effect size +0.80, p = "
         "0.004 (18 queries, 2 unpaired; 0.25 points would be found with probability 0.8)." in text
@@ -77,6 +86,15 @@ def test_markdown_row_and_caption():
 
 def test_labels_are_announced():
     assert "TRUE LABELS" in tables.to_markdown(results(style_sources=("label",)))
+
+
+def test_the_table_says_how_the_judge_did_on_its_card():
+    def said(card):
+        return tables.to_markdown(results(judge=dataclasses.replace(JUDGE, card=card)))
+
+    assert "The judge passed its card." in said(tables.CardMark(True))
+    failed = said(tables.CardMark(False, ("silence scores 4.1", "order 61 %")))
+    assert "THE JUDGE FAILED ITS CARD (silence scores 4.1; order 61 %)" in failed
 
 
 def test_real_columns_and_averages_only_where_present():
@@ -105,13 +123,23 @@ def test_terminal_table_shows_intervals():
     assert "2.90…3.10" in text and "-0.10…0.10" in text and "bootstrap" in text
 
 
-def test_results_survive_their_file(tmp_path):
-    whole = results()
+@pytest.mark.parametrize("card", [None, tables.CardMark(False, ("silence scores 4.1",))])
+def test_results_survive_their_file(tmp_path, card):
+    whole = results(judge=dataclasses.replace(JUDGE, card=card))
     tables.write_results(whole, tmp_path)
     back = tables.read_results(tmp_path)
     assert math.isnan(back.systems[1].asr_hit)
     assert dataclasses.replace(back, systems=()) == dataclasses.replace(whole, systems=())
     assert back.systems[0] == whole.systems[0]
     assert "NaN" not in (tmp_path / "results.json").read_text()
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"systems": []}', '{"systems": [{"name": "a"}], "comparisons": []}']
+)
+def test_other_files_are_no_results(tmp_path, text):
     with pytest.raises(BenchError, match="run the bench first"):
-        tables.read_results(tmp_path / "elsewhere")
+        tables.read_results(tmp_path)
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(BenchError, match="not the results of a bench of this version"):
+        tables.read_results(tmp_path)
