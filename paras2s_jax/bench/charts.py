@@ -5,14 +5,16 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from paras2s_jax.bench.aggregate import MEAN, BenchError
+from paras2s_jax.bench.aggregate import MEAN, BenchError, Estimate
 from paras2s_jax.bench.tables import Results
 from paras2s_jax.train.metrics import read_metrics
 
 # A panel in SVG units; the page scales it. Text is about 12 units high.
 WIDTH, HEIGHT = 440, 236
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 12, 36
-ROW_HEIGHT, LABEL_WIDTH, VALUE_WIDTH = 30, 84, 44
+ROW_HEIGHT, VALUE_WIDTH, CHAR_WIDTH = 30, 44, 6.6
+# Longer names of systems are cut where they label a row of dots.
+MAX_LABEL_CHARS = 22
 
 # With more points than this a line is drawn faint, under its running mean over a window of
 # 1 / SMOOTHING of them.
@@ -162,10 +164,12 @@ def dot_panel(results: Results, *, swap: bool) -> dict:
         raise BenchError("no system has a scored answer; there is nothing to report.")
     fixed = [0.0] if swap else [1.0, 5.0]
     marks = ticks(min(ends + fixed), max(ends + fixed), 4)
-    x = Scale(marks[0], marks[-1], LABEL_WIDTH, WIDTH - VALUE_WIDTH - RIGHT)
+    labels = [_cut(name) for name, _ in estimates]
+    start = max(60.0, 16 + CHAR_WIDTH * max(map(len, labels)))
+    x = Scale(marks[0], marks[-1], start, WIDTH - VALUE_WIDTH - RIGHT)
     rows = []
     for index, (name, part) in enumerate(estimates):
-        row = {"name": name, "at": TOP + ROW_HEIGHT * index + ROW_HEIGHT / 2, "text": "n/a"}
+        row = {"name": name, "label": labels[index], "at": TOP + ROW_HEIGHT * index + ROW_HEIGHT / 2, "text": "n/a"}
         row["says"] = row["text"]
         if not math.isnan(part.value):
             row |= {
@@ -186,6 +190,28 @@ def dot_panel(results: Results, *, swap: bool) -> dict:
         "rows": rows,
         "ticks": [{"at": x(mark), "text": f"{mark:g}"} for mark in marks],
         "zero": x(0.0) if swap else None,
+        "start": start,
         "bottom": bottom,
         "height": bottom + 24,
+    }
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= MAX_LABEL_CHARS else f"{name[: MAX_LABEL_CHARS - 1]}…"
+
+
+def interval_mark(estimate: Estimate | None) -> dict | None:
+    """A mean with its interval on the scale of 1 to 5, for a cell; None where nothing is scored."""
+    if estimate is None or math.isnan(estimate.value):
+        return None
+    x = Scale(1.0, 5.0, 0.0, 100.0)
+    return {
+        "value": round(estimate.value, 4),
+        "text": f"{estimate.value:.2f}",
+        "interval": f"{estimate.low:.2f}…{estimate.high:.2f}",
+        "count": estimate.num_scored,
+        "failed": estimate.num_failed,
+        "at": x(estimate.value),
+        "low": x(estimate.low),
+        "width": round(x(estimate.high) - x(estimate.low), 2),
     }

@@ -1,150 +1,17 @@
-"""report/index.html: tables, curves and players in one file that opens from disk.
+"""report/index.html: tables, curves, players and every answer in one file that opens from disk."""
 
-Everything a model wrote or heard is untrusted text: the templates escape it (autoescape), and the
-page runs no script but its own.
-"""
-
-import base64
-import io
-import os
-from collections import defaultdict
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import jinja2
-import numpy as np
-import soundfile
-
-from paras2s_jax.audio import wave as wave_lib
-from paras2s_jax.bench import charts, tables
-from paras2s_jax.bench.aggregate import BenchError, column_of
+from paras2s_jax.bench import charts, page, tables
+from paras2s_jax.bench.answer_table import answer_table
+from paras2s_jax.bench.cards import Cards, select_sentences
 from paras2s_jax.bench.charts import Chart
+from paras2s_jax.bench.comparison import ALPHA, POWER
+from paras2s_jax.bench.rows import read_queries, read_rows
+from paras2s_jax.bench.sounds import Sounds
 from paras2s_jax.bench.tables import Results
-from paras2s_jax.data.records import Query, Response, Verdict, read_jsonl
-from paras2s_jax.data.tokenizer import normalize
-
-# MP3 quality 0 (best) .. 1 (smallest): about 5 kB a second here, and every browser plays it.
-_MP3_COMPRESSION = 0.6
-
-
-def encode_audio(wave: np.ndarray) -> str:
-    """A data: URI that browsers play. wave: float32[L] at 16 kHz.
-
-    MP3, or FLAC (four times larger) where libsndfile is older than 1.1.
-    """
-    out = io.BytesIO()
-    if "MP3" in soundfile.available_formats():
-        soundfile.write(
-            out, wave, wave_lib.RATE_HZ, format="MP3", subtype="MPEG_LAYER_III",
-            bitrate_mode="VARIABLE", compression_level=_MP3_COMPRESSION,
-        )  # fmt: skip
-        kind = "mpeg"
-    else:
-        soundfile.write(out, wave, wave_lib.RATE_HZ, format="FLAC", subtype="PCM_16")
-        kind = "flac"
-    return f"data:audio/{kind};base64,{base64.b64encode(out.getvalue()).decode()}"
-
-
-def select_sentences(queries: Sequence[Query], per_column: int) -> list[str]:
-    """Sentence ids, `per_column` of each column evenly over its sorted ids, columns in turn.
-
-    By place, not by score, so that the page shows neither the best nor the worst.
-    """
-    found = defaultdict(set)
-    for query in queries:
-        found[column_of(query)].add(query.sentence_id)
-    picked = []
-    for column in sorted(found):
-        ids = sorted(found[column])
-        places = np.linspace(0, len(ids) - 1, min(per_column, len(ids))).round().astype(int)
-        picked.append([ids[place] for place in places])
-    longest = max(map(len, picked), default=0)
-    return [ids[rank] for rank in range(longest) for ids in picked if rank < len(ids)]
-
-
-class _Cards:
-    """Cards of the listening section: a sentence, both its styles, every system's answers."""
-
-    def __init__(self, folder: Path, root: Path, names: Sequence[str], queries: Sequence[Query]):
-        self._folder, self._root, self._names = folder, root, names
-        self._spoken = defaultdict(dict)
-        for query in sorted(queries, key=lambda query: query.id):
-            # One voice per style: the first.
-            self._spoken[query.sentence_id].setdefault(query.style, query)
-        self._responses = {name: self._first_samples(name, Response) for name in names}
-        self._verdicts = {name: self._first_samples(name, Verdict) for name in names}
-
-    def _first_samples(self, name: str, cls: type) -> dict:
-        file = {Response: "responses.jsonl", Verdict: "verdicts.jsonl"}[cls]
-        rows = sorted(read_jsonl(self._folder / name / file, cls), key=lambda row: row.sample)
-        found = {}
-        for row in rows:
-            found.setdefault(row.query_id, row)
-        return found
-
-    def card(self, sentence_id: str) -> dict:
-        queries = list(self._spoken[sentence_id].values())
-        first = queries[0]
-        return {
-            "text": first.text,
-            "column": column_of(first),
-            "title": tables.TITLES[column_of(first)],
-            "topic": first.topic,
-            "takes": [self._take(query) for query in queries],
-        }
-
-    def _take(self, query: Query) -> dict:
-        answers = [self._answer(query, name) for name in self._names]
-        heard = self._verdicts[self._names[0]][query.id]
-        return {
-            "style": query.style,
-            "audio": encode_audio(wave_lib.load(wave_lib.inside(self._root, query.wav))),
-            "heard_style": heard.style_in if heard.style_source == "analyzer" else None,
-            "heard_text": heard.transcript_in,
-            "answers": answers,
-        }
-
-    def _answer(self, query: Query, name: str) -> dict:
-        response, verdict = self._responses[name][query.id], self._verdicts[name][query.id]
-        audio = None
-        if not response.error:
-            wav = wave_lib.inside(self._folder / name, response.wav)
-            audio = encode_audio(wave_lib.load(wav))
-        score = verdict.raw.get("score")
-        reason = score.get("reason", "") if isinstance(score, Mapping) else ""
-        scored = not np.isnan(verdict.score)
-        return {
-            "name": name,
-            "audio": audio,
-            "says": response.text,
-            "heard": verdict.transcript_out,
-            "same": normalize(response.text) == normalize(verdict.transcript_out),
-            "tone": verdict.tone_out,
-            "score": f"{verdict.score:.1f}" if scored else None,
-            "share": round(25 * (verdict.score - 1)) if scored else 0,
-            "status": verdict.status,
-            "reason": reason,
-            "cut": not response.finished,
-        }
-
-
-def _audio_chars(card: dict) -> int:
-    return sum(
-        len(take["audio"]) + sum(len(answer["audio"] or "") for answer in take["answers"])
-        for take in card["takes"]
-    )
-
-
-def _within(cards: _Cards, sentence_ids: Sequence[str], max_mb: float) -> list[dict]:
-    """Cards in order until their audio fills the page; grouped by column for reading."""
-    shown, chars = [], 0
-    for sentence_id in sentence_ids:
-        card = cards.card(sentence_id)
-        chars += _audio_chars(card)
-        if chars > max_mb * 1e6:
-            break
-        shown.append(card)
-    return sorted(shown, key=lambda card: card["column"])
 
 
 def write_report(
@@ -166,53 +33,104 @@ def write_report(
         out: the page, for instance report/index.html.
         curves: charts of metrics.jsonl files, for instance `charts.grpo_charts(path)`.
         about: facts for the top of the page (config, commit, hardware).
-        sentences_per_column: how many sentences can be listened to.
-        max_mb: audio beyond this is left out, and the page says how many sentences it shows.
+        sentences_per_column: how many sentences the page lays side by side for listening.
+        max_mb: of sound inside the page; further answers play from their wavs, by relative links.
 
     Returns:
         out.
     """
     folder, root, out = Path(folder), Path(root), Path(out)
     results = tables.read_results(folder)
-    queries = read_jsonl(folder / "queries.jsonl", Query)
-    if not queries:
-        raise BenchError(f"{folder / 'queries.jsonl'} lists no query; run the bench first.")
-    cards = _Cards(folder, root, [system.name for system in results.systems], queries)
+    queries = read_queries(folder)
+    rows = {
+        system.name: read_rows(folder, queries, system.name) for system in results.systems
+    }
+    sounds = Sounds(out, max_mb)
     picked = select_sentences(queries, sentences_per_column)
-    shown = _within(cards, picked, max_mb)
-    page = _render(
+    cards = Cards(folder, root, queries, rows).within(picked, sounds)
+    table = answer_table(folder, root, queries, rows, sounds, _held(cards))
+    columns = tables.layout(results)
+    present = {card["column"]: card["title"] for card in cards}
+    text = page.render(
+        "report.html",
+        styles=("page.css", "report.css"),
+        scripts=("page.js", "listen.js", "curves.js", "answers.js"),
         title=title,
         about=dict(about or {}),
         results=results,
-        panels=[charts.line_panel(chart) for chart in curves],
-        cards=shown,
-        num_sentences=len({query.sentence_id for query in queries}),
-    )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f"{out.name}.partial")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, out)
-    return out
-
-
-def _render(*, results: Results, cards: Sequence[dict], **values: object) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("paras2s_jax.bench"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    columns = tables.layout(results)
-    present = {card["column"]: card["title"] for card in cards}
-    return environment.get_template("report.html").render(
-        results=results,
-        caption=tables.caption(results),
+        judged_by=judged_by(results),
+        notes=tables.notes(results),
         headings=[heading for heading, _ in columns],
-        rows=[[cell(system) for _, cell in columns] for system in results.systems],
+        rows=[
+            [(cell(system), sort_value(cell(system))) for _, cell in columns]
+            for system in results.systems
+        ],
         dots=[charts.dot_panel(results, swap=False), charts.dot_panel(results, swap=True)],
+        breakdowns=breakdowns(results),
+        panels=[charts.line_panel(chart) for chart in curves],
         frame=charts,
+        number=number,
+        alpha=ALPHA,
+        power=POWER,
         cards=cards,
         filters=sorted(present.items()),
-        **values,
+        num_sentences=len({query.sentence_id for query in queries}),
+        num_answers=len(table.raw),
+        num_linked=sounds.num_linked,
+        table=table,
     )
+    return page.write(out, text)
+
+
+def _held(cards: Sequence[dict]) -> set[str]:
+    """Names of the players that cards hold."""
+    names = set()
+    for take in (take for card in cards for take in card["takes"]):
+        names.add(take["sound"])
+        names |= {answer["sound"] for answer in take["answers"] if answer["audio"]}
+    return names
+
+
+def judged_by(results: Results) -> dict[str, str]:
+    """Facts about the judge, for the top of a page."""
+    facts = {
+        "judge": ", ".join(results.judges),
+        "scorer": f"{results.judge.scorer}, version {results.judge.version}",
+        "styles": tables.style_sources(results),
+        "queries": f"{results.num_queries} (set {results.query_set})",
+    }
+    for stage, part in results.judge.settings.items():
+        if isinstance(part, Mapping) and "model" in part and stage != "score":
+            facts[stage] = str(part["model"])
+    return facts
+
+
+def sort_value(cell: str) -> str:
+    """What a cell sorts by: its number, "" for a cell that has none."""
+    first = cell.split(" ")[0].split("/")[0].rstrip("%")
+    try:
+        return f"{float(first):g}"
+    except ValueError:
+        return ""
+
+
+def number(value: float, spec: str = "g") -> str:
+    """A number in Python's format `spec`; for the eye 'n/a', for sorting "", where it is NaN."""
+    if math.isnan(value):
+        return "" if spec == "g" else "n/a"
+    return f"{value:{spec}}"
+
+
+def breakdowns(results: Results) -> list[dict]:
+    """Tables of scores by style and by voice, a column per system."""
+    found = []
+    for name, groups in (("Style", "styles"), ("Voice", "voices")):
+        present = {group for system in results.systems for group in getattr(system, groups)}
+        rows = []
+        for group in sorted(present):
+            column, _, style = group.rpartition("/")
+            label = f"{tables.TITLES[column]}: {style}" if name == "Style" else group
+            estimates = [getattr(system, groups).get(group) for system in results.systems]
+            rows.append({"label": label, "cells": [charts.interval_mark(e) for e in estimates]})
+        found.append({"name": name, "rows": rows})
+    return found

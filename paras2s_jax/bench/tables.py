@@ -170,12 +170,20 @@ def _failed(estimate: Estimate) -> str:
 
 def caption(results: Results) -> list[str]:
     """Who judged what and how, and the paired comparisons; one sentence per line."""
+    hits = {system.name: 100 * system.asr_hit for system in results.systems}
+    return notes(results) + [
+        _comparison_line(pair, hits[pair.a] - hits[pair.b]) for pair in results.comparisons
+    ]
+
+
+def notes(results: Results) -> list[str]:
+    """Who judged what and how; one sentence per line."""
     swap_failed = ", ".join(
         f"{system.name} {system.swap[MEAN].num_failed}"
         for system in results.systems
         if system.swap[MEAN].num_failed
     )
-    lines = [
+    return [
         f"Judge: {', '.join(results.judges)}; scorer {results.judge.scorer}, version "
         f"{results.judge.version}; style of the query: {style_sources(results)}.",
         *card_lines(results.judge.card),
@@ -187,9 +195,6 @@ def caption(results: Results) -> list[str]:
         + (f" Answers without a swap gain: {swap_failed}." if swap_failed else ""),
         f"Heard: answers whose own words an ear outside the training names ({results.ear}).",
     ]
-    hits = {system.name: 100 * system.asr_hit for system in results.systems}
-    lines += [_comparison_line(pair, hits[pair.a] - hits[pair.b]) for pair in results.comparisons]
-    return lines
 
 
 def _comparison_line(pair: Comparison, heard: float) -> str:
@@ -240,13 +245,18 @@ def _stacked(cell: str) -> rich.text.Text:
 
 
 def to_csv(results: Results) -> str:
-    """One line per system and quantity, unrounded, for programs."""
+    """One line per system, quantity and column, style or voice, unrounded, for programs."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     names = [field.name for field in dataclasses.fields(Estimate)]
     writer.writerow(["system", "quantity", "column", *names])
     for system in results.systems:
-        for quantity, estimates in (("score", system.scores), ("swap_gain", system.swap)):
+        for quantity, estimates in (
+            ("score", system.scores),
+            ("swap_gain", system.swap),
+            ("style_score", system.styles),
+            ("voice_score", system.voices),
+        ):
             for column, estimate in estimates.items():
                 values = dataclasses.astuple(estimate)
                 writer.writerow([system.name, quantity, column, *values])

@@ -109,7 +109,8 @@ def test_real_columns_and_averages_only_where_present():
 
 def test_csv_is_unrounded_and_complete():
     rows = list(csv.DictReader(io.StringIO(tables.to_csv(results()))))
-    assert len(rows) == 2 * 2 * 3
+    # 2 systems: scores and gains of 3 columns, 1 style, 1 voice.
+    assert len(rows) == 2 * (2 * 3 + 2)
     assert rows[0] | {"low": None, "high": None} == {
         "system": "sft", "quantity": "score", "column": "age", "value": "3.0", "low": None,
         "high": None, "num_scored": "20", "num_failed": "0", "num_sentences": "10",

@@ -1,24 +1,3 @@
-"use strict";
-// One player at a time.
-document.addEventListener("play", (event) => {
-  for (const audio of document.querySelectorAll("audio")) {
-    if (audio !== event.target) audio.pause();
-  }
-}, true);
-
-// The filter only shows where it works.
-const filters = document.querySelector(".filters");
-const cards = [...document.querySelectorAll(".card")];
-function show() {
-  const column = filters.querySelector(":checked").value;
-  for (const card of cards) card.hidden = column !== "" && card.dataset.column !== column;
-  const count = cards.filter((card) => !card.hidden).length;
-  document.getElementById("count").textContent = `${count} ${count === 1 ? "sentence" : "sentences"}`;
-}
-filters.hidden = false;
-filters.addEventListener("change", show);
-show();
-
 // Charts read out single steps, by pointer or arrow keys.
 for (const figure of document.querySelectorAll(".chart")) {
   const svg = figure.querySelector("svg");
