@@ -134,7 +134,7 @@ def _sources(
 
 
 def _strict(value: Any) -> Any:
-    """NaN as null, which strict JSON lacks; floats to four digits, beyond which nothing is shown."""
+    """NaN as null, which strict JSON lacks; floats to four digits, more than is shown."""
     if isinstance(value, Mapping):
         return {key: _strict(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):

@@ -5,8 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from paras2s_jax.bench.aggregate import MEAN, BenchError, Estimate
-from paras2s_jax.bench.tables import Results
+from paras2s_jax.bench.aggregate import BenchError, Estimate
 from paras2s_jax.train.metrics import read_metrics
 
 # A panel in SVG units; the page scales it. Text is about 12 units high.
@@ -152,11 +151,8 @@ def line_panel(chart: Chart) -> dict:
     return panel
 
 
-def dot_panel(results: Results, *, swap: bool) -> dict:
-    """Overall score, or swap gain, of each system as a dot with its interval."""
-    estimates = [
-        (system.name, (system.swap if swap else system.scores)[MEAN]) for system in results.systems
-    ]
+def dot_panel(estimates: Sequence[tuple[str, Estimate]], *, swap: bool) -> dict:
+    """Overall score, or swap gain, of each named system as a dot with its interval."""
     ends = [
         end for _, part in estimates for end in (part.low, part.high) if not math.isnan(part.value)
     ]
@@ -169,7 +165,12 @@ def dot_panel(results: Results, *, swap: bool) -> dict:
     x = Scale(marks[0], marks[-1], start, WIDTH - VALUE_WIDTH - RIGHT)
     rows = []
     for index, (name, part) in enumerate(estimates):
-        row = {"name": name, "label": labels[index], "at": TOP + ROW_HEIGHT * index + ROW_HEIGHT / 2, "text": "n/a"}
+        row = {
+            "name": name,
+            "label": labels[index],
+            "at": TOP + ROW_HEIGHT * index + ROW_HEIGHT / 2,
+            "text": "n/a",
+        }
         row["says"] = row["text"]
         if not math.isnan(part.value):
             row |= {

@@ -35,7 +35,9 @@ _ENVIRONMENT.policies["json.dumps_kwargs"] = {
 }
 
 
-def render(template: str, *, styles: Sequence[str], scripts: Sequence[str], **values: object) -> str:
+def render(
+    template: str, *, styles: Sequence[str], scripts: Sequence[str], **values: object
+) -> str:
     """HTML of a page.
 
     Args:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from paras2s_jax.bench import charts, page, tables
+from paras2s_jax.bench.aggregate import MEAN
 from paras2s_jax.bench.answer_table import answer_table
 from paras2s_jax.bench.cards import Cards, select_sentences
 from paras2s_jax.bench.charts import Chart
@@ -42,9 +43,7 @@ def write_report(
     folder, root, out = Path(folder), Path(root), Path(out)
     results = tables.read_results(folder)
     queries = read_queries(folder)
-    rows = {
-        system.name: read_rows(folder, queries, system.name) for system in results.systems
-    }
+    rows = {system.name: read_rows(folder, queries, system.name) for system in results.systems}
     sounds = Sounds(out, max_mb)
     picked = select_sentences(queries, sentences_per_column)
     cards = Cards(folder, root, queries, rows).within(picked, sounds)
@@ -65,7 +64,10 @@ def write_report(
             [(cell(system), sort_value(cell(system))) for _, cell in columns]
             for system in results.systems
         ],
-        dots=[charts.dot_panel(results, swap=False), charts.dot_panel(results, swap=True)],
+        dots=[
+            charts.dot_panel([(s.name, s.scores[MEAN]) for s in results.systems], swap=False),
+            charts.dot_panel([(s.name, s.swap[MEAN]) for s in results.systems], swap=True),
+        ],
         breakdowns=breakdowns(results),
         panels=[charts.line_panel(chart) for chart in curves],
         frame=charts,
@@ -107,7 +109,7 @@ def judged_by(results: Results) -> dict[str, str]:
 
 def sort_value(cell: str) -> str:
     """What a cell sorts by: its number, "" for a cell that has none."""
-    first = cell.split(" ")[0].split("/")[0].rstrip("%")
+    first = cell.split(" ", maxsplit=1)[0].split("/", maxsplit=1)[0].rstrip("%")
     try:
         return f"{float(first):g}"
     except ValueError:

@@ -14,13 +14,13 @@ const answers = data.rows.map((row, index) => ({
 }));
 const COLUMNS = [
   { title: "System", kind: "text", value: (a) => a.system },
+  { title: "Score", value: (a) => a.score },
   { title: "Dimension", kind: "text", value: (a) => a.query.dimension, minor: true },
   { title: "Style", kind: "text", value: (a) => a.query.style },
   { title: "Voice", kind: "text", value: (a) => a.query.voice, minor: true },
   { title: "Query", kind: "text", value: (a) => a.query.text, wide: true },
   { title: "Answer as heard", kind: "text", value: (a) => a.heard || a.says, wide: true },
   { title: "Tone", kind: "text", value: (a) => a.tone, minor: true },
-  { title: "Score", value: (a) => a.score },
   { title: "Swap gain", value: (a) => a.gain, minor: true },
 ];
 
