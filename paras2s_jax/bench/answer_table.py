@@ -80,14 +80,15 @@ def _query(query: Query) -> dict[str, Any]:
 def _row(system: int, query: int, row: AnswerRow) -> dict[str, Any]:
     verdict, response = row.verdict, row.response
     score = verdict.raw.get("score")
+    swapped = math.nan if row.swapped is None else row.swapped.score
     repeats = score.get("repeats") if isinstance(score, Mapping) else None
     return {
         "system": system,
         "query": query,
         "sample": response.sample,
         "score": verdict.score,
-        "swapped": row.swapped.score,
-        "gain": verdict.score - row.swapped.score,
+        "swapped": swapped,
+        "gain": verdict.score - swapped,
         "status": verdict.status,
         "says": response.text,
         "heard": verdict.transcript_out,
@@ -106,8 +107,13 @@ def _row(system: int, query: int, row: AnswerRow) -> dict[str, Any]:
 
 
 def _raw(row: AnswerRow) -> dict[str, Any]:
-    swapped = {name: part for name, part in row.swapped.raw.items() if name != "transcribe answer"}
-    return {"judge": row.verdict.judge, "own query": row.verdict.raw, "other style": swapped}
+    found = {"judge": row.verdict.judge, "own query": row.verdict.raw}
+    if row.swapped is not None:
+        # The answer itself was heard once.
+        once = ("transcribe answer", "tone")
+        swapped = {name: part for name, part in row.swapped.raw.items() if name not in once}
+        found["other style"] = swapped
+    return found
 
 
 def _sources(

@@ -5,7 +5,8 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from paras2s_jax.bench.aggregate import BenchError, Estimate
+from paras2s_jax.bench.aggregate import MEAN, Estimate
+from paras2s_jax.bench.tables import SystemResult
 from paras2s_jax.train.metrics import read_metrics
 
 # A panel in SVG units; the page scales it. Text is about 12 units high.
@@ -151,13 +152,25 @@ def line_panel(chart: Chart) -> dict:
     return panel
 
 
+def dot_panels(systems: Mapping[str, SystemResult]) -> list[dict]:
+    """Overall scores and swap gains by name; what no system has gets no panel."""
+    scores = [(name, system.scores[MEAN]) for name, system in systems.items()]
+    gains = [(name, system.swap[MEAN]) for name, system in systems.items()]
+    return [
+        dot_panel(part, swap=swap)
+        for part, swap in ((scores, False), (gains, True))
+        if not all(math.isnan(estimate.value) for _, estimate in part)
+    ]
+
+
 def dot_panel(estimates: Sequence[tuple[str, Estimate]], *, swap: bool) -> dict:
-    """Overall score, or swap gain, of each named system as a dot with its interval."""
+    """Overall score, or swap gain, of each named system as a dot with its interval.
+
+    At least one of the estimates must have a value.
+    """
     ends = [
         end for _, part in estimates for end in (part.low, part.high) if not math.isnan(part.value)
     ]
-    if not ends:
-        raise BenchError("no system has a scored answer; there is nothing to report.")
     fixed = [0.0] if swap else [1.0, 5.0]
     marks = ticks(min(ends + fixed), max(ends + fixed), 4)
     labels = [_cut(name) for name, _ in estimates]

@@ -147,7 +147,6 @@ def _measure(results: Results) -> tuple[str, ...]:
     return (
         *results.judges,
         judge.scorer,
-        judge.version,
         canonical_json(judge.settings),
         *results.style_sources,
         results.query_set,
@@ -193,11 +192,8 @@ def differences(results: Results, other: Results) -> list[str]:
     """How the measure of a bench differs from another's, in words; empty where it does not."""
     a, b = results.judge, other.judge
     found = []
-    if (a.scorer, a.version) != (b.scorer, b.version):
-        found.append(
-            f"another scorer ({a.scorer}, version {a.version}, instead of {b.scorer}, version "
-            f"{b.version})"
-        )
+    if a.scorer != b.scorer:
+        found.append(f"another scorer ({a.words} instead of {b.words})")
     for stage in sorted(set(a.settings) | set(b.settings)):
         mine, theirs = a.settings.get(stage), b.settings.get(stage)
         if mine == theirs or (stage == "score" and found):
@@ -261,9 +257,6 @@ def _shown(section: Section) -> dict:
     """What the template draws."""
     columns = _layout(section)
     texts = {"System", "Bench", "Judge card"}
-    names = [f"{row.system.name} · {row.bench}" for row in section.rows]
-    scores = [row.system.scores[MEAN] for row in section.rows]
-    gains = [row.system.swap[MEAN] for row in section.rows]
     return {
         "facts": judged_by(section.results),
         "settings": section.results.judge.settings,
@@ -277,12 +270,9 @@ def _shown(section: Section) -> dict:
             ]
             for row in section.rows
         ],
-        "dots": [
-            charts.dot_panel(list(zip(names, scores)), swap=False),
-            charts.dot_panel(list(zip(names, gains)), swap=True),
-        ]
-        if any(row.rank for row in section.rows)
-        else [],
+        "dots": charts.dot_panels(
+            {f"{row.system.name} · {row.bench}": row.system for row in section.rows}
+        ),
     }
 
 
@@ -318,7 +308,7 @@ def to_csv(found: Sequence[Section]) -> str:
     """One line per system, unrounded, for programs; ranks count within a section."""
     columns = list(dict.fromkeys(c for section in found for c in section.results.columns))
     names = [*columns, MEAN, "swap_gain"]
-    about = ["section", "rank", "system", "bench", "judge", "scorer", "version", "style_source"]
+    about = ["section", "rank", "system", "bench", "judge", "scorer", "prompt", "style_source"]
     about += ["query_set", "card", "num_scored", "num_failed", "diff_to_first", "p_value"]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -330,7 +320,7 @@ def to_csv(found: Sequence[Section]) -> str:
             writer.writerow(
                 [
                     number, row.rank, row.system.name, row.bench, " ".join(results.judges),
-                    results.judge.scorer, results.judge.version, " ".join(results.style_sources),
+                    results.judge.scorer, results.judge.prompt, " ".join(results.style_sources),
                     results.query_set, row.card, scores[MEAN].num_scored, scores[MEAN].num_failed,
                     row.behind and row.behind.diff, row.behind and row.behind.p_value,
                     *(v for e in estimates for v in (("",) * 3 if e is None else _ends(e))),

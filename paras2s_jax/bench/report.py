@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from paras2s_jax.bench import charts, page, tables
-from paras2s_jax.bench.aggregate import MEAN
 from paras2s_jax.bench.answer_table import answer_table
 from paras2s_jax.bench.cards import Cards, select_sentences
 from paras2s_jax.bench.charts import Chart
@@ -64,10 +63,7 @@ def write_report(
             [(cell(system), sort_value(cell(system))) for _, cell in columns]
             for system in results.systems
         ],
-        dots=[
-            charts.dot_panel([(s.name, s.scores[MEAN]) for s in results.systems], swap=False),
-            charts.dot_panel([(s.name, s.swap[MEAN]) for s in results.systems], swap=True),
-        ],
+        dots=charts.dot_panels({system.name: system for system in results.systems}),
         breakdowns=breakdowns(results),
         panels=[charts.line_panel(chart) for chart in curves],
         frame=charts,
@@ -97,7 +93,7 @@ def judged_by(results: Results) -> dict[str, str]:
     """Facts about the judge, for the top of a page."""
     facts = {
         "judge": ", ".join(results.judges),
-        "scorer": f"{results.judge.scorer}, version {results.judge.version}",
+        "scorer": results.judge.words,
         "styles": tables.style_sources(results),
         "queries": f"{results.num_queries} (set {results.query_set})",
     }

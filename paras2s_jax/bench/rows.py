@@ -3,19 +3,22 @@
 import dataclasses
 from pathlib import Path
 
-from paras2s_jax.bench.aggregate import BenchError
+from paras2s_jax.bench.aggregate import REAL, BenchError, column_of
 from paras2s_jax.bench.ear import Hearing
 from paras2s_jax.data.records import Query, Response, Verdict, read_jsonl
 
 
 @dataclasses.dataclass(frozen=True)
 class AnswerRow:
-    """One answer. `swapped`: the verdict on it as an answer to its words in the other style."""
+    """One answer. `swapped`: the verdict on it as an answer to its words in the other style.
+
+    None for real speech, of which there is no other style.
+    """
 
     query: Query
     response: Response
     verdict: Verdict
-    swapped: Verdict
+    swapped: Verdict | None
     hearing: Hearing
 
 
@@ -45,11 +48,14 @@ def read_rows(folder: Path, queries: list[Query], system: str) -> list[AnswerRow
         responses[response.query_id, response.sample] = response
     rows = []
     for key, response in responses.items():
-        for name, part in {"queries.jsonl": by_id, **found}.items():
+        needed = {"queries.jsonl": by_id, **found}
+        if key[0] in by_id and column_of(by_id[key[0]]) in REAL:
+            del needed["swapped.jsonl"]
+        for name, part in needed.items():
             if (key[0] if part is by_id else key) not in part:
                 raise BenchError(
                     f"{folder / system}: {name} lacks answer {key} of responses.jsonl; run the "
                     "bench again."
                 )
-        rows.append(AnswerRow(by_id[key[0]], response, *(part[key] for part in found.values())))
+        rows.append(AnswerRow(by_id[key[0]], response, *(part.get(key) for part in found.values())))
     return rows

@@ -25,8 +25,9 @@ from paras2s_jax.audio import wave as wave_lib
 from paras2s_jax.bench import aggregate, comparison, ear, tables
 from paras2s_jax.bench.aggregate import BenchError, Estimate
 from paras2s_jax.bench.systems import System
-from paras2s_jax.bench.tables import CardMark, JudgeInfo, Results, SystemResult
+from paras2s_jax.bench.tables import JudgeInfo, Results, SystemResult
 from paras2s_jax.data.records import Query, Response, Verdict, read_jsonl, write_jsonl
+from paras2s_jax.judge.card import Card
 from paras2s_jax.judge.ledger import digest, file_digest
 from paras2s_jax.judge.replay import write_description
 
@@ -71,7 +72,7 @@ def bench(
     answers: Sequence[str],
     comparisons: Sequence[tuple[str, str]] = (),
     use_labels: bool = False,
-    card: CardMark | None = None,
+    card: Card | None = None,
     num_resamples: int = 2000,
     seed: int = 0,
     num_workers: int | None = None,
@@ -87,13 +88,17 @@ def bench(
         answers: texts that the ear listens for; none: it does not listen.
         comparisons: (a, b) names of systems to compare pairwise.
         use_labels: give the judge the true styles (the table says so).
-        card: how the judge did on its card, where there is one (the table says so).
+        card: of this judge, where there is one; the table says whether it passed.
 
     Returns:
         the results; `tables.figures` makes them flat figures.
     """
     folder, root = Path(folder), Path(root)
     _check_names([system.name for system in systems], comparisons)
+    if card is not None and card.judge != judge.name:
+        raise BenchError(
+            f"the card is of {card.judge!r}, not of {judge.name!r}; examine the judge."
+        )
     if answers:
         ear.Ear(answers)  # Raises on words that it does not know before any answer is made.
     queries = [query for query in queries if aggregate.columns_of([query])]
@@ -114,7 +119,7 @@ def bench(
         judged,
         queries,
         comparisons,
-        judge=JudgeInfo(judge.scorer, judge.version, judge.describe(), card),
+        judge=JudgeInfo.of(judge.describe(), card),
         query_set=query_set_of(queries, root),
         num_resamples=num_resamples,
         seed=seed,

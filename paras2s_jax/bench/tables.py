@@ -6,7 +6,8 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ import rich.text
 
 from paras2s_jax.bench.aggregate import MEAN, REAL, SYNTHETIC, BenchError, Estimate
 from paras2s_jax.bench.comparison import POWER, Comparison
+from paras2s_jax.judge.card import Card
 
+# How the versions of scorers that read a prompt begin (judge.endpoint_score, judge.local_score).
+_PROMPT = re.compile(r"-prompt(\w+)(?:-|$)")
 TITLES = {name: name.capitalize() for name in SYNTHETIC} | {
     "iemocap": "IEMOCAP",
     "meld": "MELD",
@@ -49,19 +53,37 @@ class CardMark:
     passed: bool
     failed: tuple[str, ...] = ()
 
+    @classmethod
+    def of(cls, card: Card) -> "CardMark":
+        return cls(card.is_passed, card.failures or (() if card.is_passed else ("not probed",)))
+
 
 @dataclasses.dataclass(frozen=True)
 class JudgeInfo:
     """Who scored: rows of a table are comparable where this is the same.
 
-    scorer: its name. version: of its prompt or rubric. settings: every stage's model and settings
-    (`judge.chain.Judge.describe`). card: None where the judge was not examined.
+    scorer: its name and version. prompt: version of the prompt of a scorer that reads one, "" for
+    others. settings: every stage's model and settings (`judge.chain.Judge.describe`). card: None
+    where the judge was not examined.
     """
 
     scorer: str
-    version: str
+    prompt: str
     settings: dict[str, Any]
     card: CardMark | None = None
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any], card: Card | None = None) -> "JudgeInfo":
+        """settings: of `Judge.describe`. card: of this judge."""
+        scorer = settings["score"]["model"]
+        prompt = _PROMPT.search(scorer)
+        mark = None if card is None else CardMark.of(card)
+        return cls(scorer, prompt[1] if prompt else "", dict(settings), mark)
+
+    @property
+    def words(self) -> str:
+        """The scorer, and the version of its prompt, in words."""
+        return f"{self.scorer}, prompt version {self.prompt}" if self.prompt else self.scorer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,8 +206,8 @@ def notes(results: Results) -> list[str]:
         if system.swap[MEAN].num_failed
     )
     return [
-        f"Judge: {', '.join(results.judges)}; scorer {results.judge.scorer}, version "
-        f"{results.judge.version}; style of the query: {style_sources(results)}.",
+        f"Judge: {', '.join(results.judges)}; scorer {results.judge.words}; style of the query: "
+        f"{style_sources(results)}.",
         *card_lines(results.judge.card),
         f"{results.num_queries} queries, scores 1 to 5 [95 % CI: {results.num_resamples} bootstrap "
         "resamples of sentences].",

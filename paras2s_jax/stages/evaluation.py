@@ -125,7 +125,7 @@ def run_report(config: ConfigDict, workdir: Path) -> dict[str, float]:
         workdir / "report" / "index.html",
         curves=charts.grpo_charts(workdir / "grpo" / "metrics.jsonl"),
         title="ParaS2S: does the model listen?",
-        about={"seed": str(config.seed), "judge": make_judge(config, workdir).name},
+        about={"seed": str(config.seed)},
         sentences_per_column=config.bench.sentences_in_report,
     )
     print(f"open {page}")

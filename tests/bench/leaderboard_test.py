@@ -74,8 +74,8 @@ def test_systems_of_one_measure_are_ranked_together(benches, tmp_path):
     ("edit", "why"),
     [
         (
-            judged_by(scorer="gpt", version="prompt2"),
-            "another scorer (gpt, version prompt2, instead of rubric, version 1)",
+            judged_by(scorer="gpt-prompt2", prompt="2"),
+            "another scorer (gpt-prompt2, prompt version 2 instead of rubric-1)",
         ),
         (
             judged_by(settings={"score": {"model": "rubric-1", "settings": {"t": 1}}}),

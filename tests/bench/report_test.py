@@ -158,6 +158,25 @@ def test_a_bench_with_holes_is_refused(benched):
         page(benched)
 
 
+def test_real_speech_has_no_other_style(asked, bench_of, make, open_page):
+    queries, root = asked
+    real = [dataclasses.replace(query, topic="meld") for query in queries[:2]]
+    bench_of("bench", {"deaf": lambda query: "fine"}, make.judge(), queries=real)
+    view = open_page(write(root, curves=()))
+    assert "Style-swap gain" not in view.inner_text("#scores")
+    assert rows_of(view).first.locator("td").last.inner_text() == "n/a"
+    rows_of(view).first.locator("button").click()
+    assert "swap gain" not in view.inner_text(".detail")
+
+
+def test_a_system_that_scores_nowhere_is_shown(asked, bench_of, make, open_page):
+    bench_of("bench", {"broken": lambda query: "broken"}, make.judge())
+    view = open_page(write(asked[1], curves=()))
+    assert view.inner_text("#answer-count") == "8 answers, 8 not scored, mean score n/a"
+    assert view.locator("#scores .panel").count() == 0
+    assert "n/a" in view.inner_text("#breakdowns tbody tr >> nth=0")
+
+
 def test_sentences_are_picked_by_place_columns_in_turn(make):
     queries = [make.query(f"e{n}", "sad") for n in range(9)]
     queries += [make.query(f"a{n}", "child", dimension="age") for n in range(2)]

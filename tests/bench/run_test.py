@@ -5,10 +5,12 @@ import math
 import pytest
 import rich.console
 
+from paras2s_jax.audio import wave as wave_lib
 from paras2s_jax.bench import ear, run, tables
 from paras2s_jax.bench.aggregate import BenchError
 from paras2s_jax.bench.systems import RecordedSystem
 from paras2s_jax.data.records import Verdict, read_jsonl
+from paras2s_jax.judge.card import Card
 
 ANSWERS = ("Sad words for you.", "Surprised words for you.")
 
@@ -52,6 +54,24 @@ def test_scores_gains_and_failures_by_hand(systems, asked, make):
     assert flat["bench/listens/asr_hit"] == 0.0
 
 
+def test_the_results_say_who_judged_and_what_was_asked(systems, asked, make):
+    queries, root = asked
+    card = Card("rubric-1", {}, {"judge/probe_order": 0.5})
+    found = bench(systems[:1], asked, make.judge(), card=card)
+    assert found.judge.settings == make.judge().describe() and found.judge.scorer == "rubric-1"
+    assert not found.judge.card.passed
+    assert run.query_set_of(queries[::-1], root) == found.query_set
+    wave_lib.save(root / queries[0].wav, make.tone(440))
+    assert run.query_set_of(queries, root) != found.query_set
+
+
+def test_styles_and_voices_have_their_own_means(systems, asked, make):
+    (found,) = bench(systems[1:2], asked, make.judge()).systems
+    assert sorted(found.styles) == ["age/adult", "age/child", "emotion/sad", "emotion/surprised"]
+    assert {part.value for part in found.styles.values()} == {2.0}
+    assert [(name, part.num_scored) for name, part in found.voices.items()] == [("v1", 8)]
+
+
 def test_files_tell_what_was_swapped(systems, asked, make):
     bench(systems[:1], asked, make.judge())
     folder = asked[1] / "bench"
@@ -91,6 +111,8 @@ def test_without_known_answers_nobody_listens(systems, asked, make):
 
 def test_mistakes_stop_before_any_answer(systems, asked, make):
     judge = make.judge()
+    with pytest.raises(BenchError, match="the card is of 'another', not of 'rubric-1'"):
+        bench(systems, asked, judge, card=Card("another", {}, {}))
     with pytest.raises(BenchError, match="no system 'gone'"):
         bench(systems, asked, judge, comparisons=[("gone", "deaf")])
     with pytest.raises(BenchError, match="unique"):

@@ -9,8 +9,9 @@ import rich.console
 from paras2s_jax.bench import tables
 from paras2s_jax.bench.aggregate import BenchError, Estimate
 from paras2s_jax.bench.comparison import Comparison
+from paras2s_jax.judge.card import Card
 
-JUDGE = tables.JudgeInfo("rubric", "1", {"score": {"model": "rubric-1", "settings": {}}})
+JUDGE = tables.JudgeInfo.of({"score": {"model": "rubric-1", "settings": {}}})
 
 
 def estimate(value, failed=0):
@@ -74,8 +75,7 @@ def test_markdown_row_and_caption():
     )
     assert "| n/a |" in text  # grpo was not heard.
     assert (
-        "Judge: rubric-1-abc; scorer rubric, version 1; style of the query: heard by the analyzers."
-        in text
+        "Judge: rubric-1-abc; scorer rubric-1; style of the query: heard by the analyzers." in text
     )
     assert "card" not in text
     assert (
@@ -95,6 +95,31 @@ def test_the_table_says_how_the_judge_did_on_its_card():
     assert "The judge passed its card." in said(tables.CardMark(True))
     failed = said(tables.CardMark(False, ("silence scores 4.1", "order 61 %")))
     assert "THE JUDGE FAILED ITS CARD (silence scores 4.1; order 61 %)" in failed
+
+
+@pytest.mark.parametrize(
+    ("model", "prompt", "words"),
+    [
+        ("rubric-1", "", "rubric-1"),
+        ("gpt-5-mini-prompt1", "1", "gpt-5-mini-prompt1, prompt version 1"),
+        ("qwen-prompt12-0c9e", "12", "qwen-prompt12-0c9e, prompt version 12"),
+    ],
+)
+def test_the_version_of_a_prompt_is_told(model, prompt, words):
+    info = tables.JudgeInfo.of({"score": {"model": model, "settings": {}}})
+    assert (info.prompt, info.words) == (prompt, words)
+
+
+def test_a_card_is_passed_when_probes_were_run_and_none_failed():
+    def mark(figures):
+        return tables.CardMark.of(Card("rubric-1", {}, figures))
+
+    assert mark({"judge/probe_order": 0.9}) == tables.CardMark(True)
+    assert mark({}) == tables.CardMark(False, ("not probed",))
+    failed = mark({"judge/probe_order": 0.5})
+    assert not failed.passed and failed.failed == (
+        "probes in their order of merit: 0.50, should be at least 0.85",
+    )
 
 
 def test_real_columns_and_averages_only_where_present():
