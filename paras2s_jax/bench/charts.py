@@ -12,7 +12,7 @@ from paras2s_jax.train.metrics import read_metrics
 # A panel in SVG units; the page scales it. Text is about 12 units high.
 WIDTH, HEIGHT = 440, 236
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 12, 36
-ROW_HEIGHT, VALUE_WIDTH, CHAR_WIDTH = 30, 44, 6.6
+ROW_HEIGHT, VALUE_WIDTH, CHAR_WIDTH = 30, 48, 7.6
 # Longer names of systems are cut where they label a row of dots.
 MAX_LABEL_CHARS = 22
 

@@ -79,7 +79,7 @@ def start(view, name=NAME):
 
 def hear(view):
     view.keyboard.press("Space")
-    view.wait_for_selector("#play-answer.heard", timeout=8_000)
+    view.wait_for_selector("#play-answer.heard", timeout=20_000)
 
 
 def shown(view):
