@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from paras2s_jax.bench import charts, page, tables
 from paras2s_jax.bench.answer_table import answer_table
@@ -47,37 +48,41 @@ def write_report(
     picked = select_sentences(queries, sentences_per_column)
     cards = Cards(folder, root, queries, rows).within(picked, sounds)
     table = answer_table(folder, root, queries, rows, sounds, _held(cards))
-    columns = tables.layout(results)
-    present = {card["column"]: card["title"] for card in cards}
     text = page.render(
         "report.html",
         styles=("page.css", "report.css"),
         scripts=("page.js", "listen.js", "curves.js", "answers.js"),
         title=title,
         about=dict(about or {}),
-        results=results,
-        judged_by=judged_by(results),
-        notes=tables.notes(results),
-        headings=[heading for heading, _ in columns],
-        rows=[
+        panels=[charts.line_panel(chart) for chart in curves],
+        frame=charts,
+        cards=cards,
+        num_sentences=len({query.sentence_id for query in queries}),
+        num_linked=sounds.num_linked,
+        table=table,
+        **_figures(results),
+    )
+    return page.write(out, text)
+
+
+def _figures(results: Results) -> dict[str, Any]:
+    """What the page says of scores."""
+    columns = tables.layout(results)
+    return {
+        "results": results,
+        "judged_by": judged_by(results),
+        "notes": tables.notes(results),
+        "headings": [heading for heading, _ in columns],
+        "rows": [
             [(cell(system), sort_value(cell(system))) for _, cell in columns]
             for system in results.systems
         ],
-        dots=charts.dot_panels({system.name: system for system in results.systems}),
-        breakdowns=breakdowns(results),
-        panels=[charts.line_panel(chart) for chart in curves],
-        frame=charts,
-        number=number,
-        alpha=ALPHA,
-        power=POWER,
-        cards=cards,
-        filters=sorted(present.items()),
-        num_sentences=len({query.sentence_id for query in queries}),
-        num_answers=len(table.raw),
-        num_linked=sounds.num_linked,
-        table=table,
-    )
-    return page.write(out, text)
+        "dots": charts.dot_panels({system.name: system for system in results.systems}),
+        "breakdowns": breakdowns(results),
+        "number": number,
+        "alpha": ALPHA,
+        "power": POWER,
+    }
 
 
 def _held(cards: Sequence[dict]) -> set[str]:

@@ -95,10 +95,7 @@ def bench(
     """
     folder, root = Path(folder), Path(root)
     _check_names([system.name for system in systems], comparisons)
-    if card is not None and card.judge != judge.name:
-        raise BenchError(
-            f"the card is of {card.judge!r}, not of {judge.name!r}; examine the judge."
-        )
+    _check_card(card, judge)
     if answers:
         ear.Ear(answers)  # Raises on words that it does not know before any answer is made.
     queries = [query for query in queries if aggregate.columns_of([query])]
@@ -125,10 +122,13 @@ def bench(
         seed=seed,
     )
     tables.write_results(results, folder)
-    # Where no terminal tells its width (a log), the table needs more than the usual 80 columns.
-    console = console or rich.console.Console(width=None if sys.stdout.isatty() else 110)
-    console.print(tables.to_rich(results))
+    (console or _console()).print(tables.to_rich(results))
     return results
+
+
+def _console() -> rich.console.Console:
+    """Where no terminal tells its width (a log), the table needs more than the usual 80 columns."""
+    return rich.console.Console(width=None if sys.stdout.isatty() else 110)
 
 
 def query_set_of(queries: Sequence[Query], root: Path) -> str:
@@ -152,6 +152,13 @@ def _check_names(names: Sequence[str], comparisons: Sequence[tuple[str, str]]) -
         for name in pair:
             if name not in names:
                 raise BenchError(f"comparison {pair}: there is no system {name!r} in the bench.")
+
+
+def _check_card(card: Card | None, judge: Judge) -> None:
+    if card is not None and card.judge != judge.name:
+        raise BenchError(
+            f"the card is of {card.judge!r}, not of {judge.name!r}; examine the judge."
+        )
 
 
 def _judge(
