@@ -99,8 +99,8 @@ def _row(system: int, query: int, row: AnswerRow) -> dict[str, Any]:
         "toneFit": verdict.tone_fit,
         "reason": reason_of(row),
         "repeats": list(repeats or ()),
-        "ear": row.hearing.heard,
-        "earHit": row.hearing.hit,
+        "ear": row.hearing and row.hearing.heard,
+        "earHit": bool(row.hearing and row.hearing.hit),
         "cut": not response.finished,
         "sound": "" if response.error else answer_sound(row),
     }

@@ -10,16 +10,17 @@ from paras2s_jax.data.records import Query, Response, Verdict, read_jsonl
 
 @dataclasses.dataclass(frozen=True)
 class AnswerRow:
-    """One answer. `swapped`: the verdict on it as an answer to its words in the other style.
+    """One answer.
 
-    None for real speech, of which there is no other style.
+    swapped: the verdict on it as an answer to its words in the other style; None for real speech,
+    of which there is no other style. hearing: None where the ear did not listen.
     """
 
     query: Query
     response: Response
     verdict: Verdict
     swapped: Verdict | None
-    hearing: Hearing
+    hearing: Hearing | None
 
 
 def read_queries(folder: Path) -> list[Query]:
@@ -31,31 +32,42 @@ def read_queries(folder: Path) -> list[Query]:
 
 
 def read_rows(folder: Path, queries: list[Query], system: str) -> list[AnswerRow]:
-    """A system's answers, in the order of its responses.jsonl.
+    """A system's answers, in the order of its verdicts.
+
+    Answers to queries of earlier benches, which its folder may keep, are no part of them.
 
     Raises:
-        BenchError: an answer has no query, no verdict or no hearing.
+        BenchError: a verdict has no query, no answer, or no verdict in the other style beside it.
     """
     by_id = {query.id: query for query in queries}
-    files = {"verdicts.jsonl": Verdict, "swapped.jsonl": Verdict, "heard.jsonl": Hearing}
-    found = {
-        name: {(row.query_id, row.sample): row for row in read_jsonl(folder / system / name, cls)}
-        for name, cls in files.items()
-    }
-    # A query that was asked again after a failure has more than one row: the last one counts.
-    responses = {}
-    for response in read_jsonl(folder / system / "responses.jsonl", Response):
-        responses[response.query_id, response.sample] = response
+    # A query that was asked again after a failure has more than one answer: the last one counts.
+    responses, verdicts, swapped, hearings = (
+        {(row.query_id, row.sample): row for row in read_jsonl(path, cls)} if path.is_file() else {}
+        for path, cls in (
+            (folder / system / "responses.jsonl", Response),
+            (folder / system / "verdicts.jsonl", Verdict),
+            (folder / system / "swapped.jsonl", Verdict),
+            (folder / system / "heard.jsonl", Hearing),
+        )
+    )
+    if not verdicts:
+        raise BenchError(
+            f"{folder / system} has no verdicts.jsonl with a row; run the bench again."
+        )
     rows = []
-    for key, response in responses.items():
-        needed = {"queries.jsonl": by_id, **found}
-        if key[0] in by_id and column_of(by_id[key[0]]) in REAL:
-            del needed["swapped.jsonl"]
-        for name, part in needed.items():
-            if (key[0] if part is by_id else key) not in part:
+    for key, verdict in verdicts.items():
+        query = by_id.get(key[0])
+        is_real = query is not None and column_of(query) in REAL
+        for name, is_there in (
+            ("queries.jsonl", query is not None),
+            ("responses.jsonl", key in responses),
+            ("swapped.jsonl", key in swapped or is_real),
+        ):
+            if not is_there:
                 raise BenchError(
-                    f"{folder / system}: {name} lacks answer {key} of responses.jsonl; run the "
+                    f"{folder / system}: {name} lacks {key}, which verdicts.jsonl has; run the "
                     "bench again."
                 )
-        rows.append(AnswerRow(by_id[key[0]], response, *(part.get(key) for part in found.values())))
+        found = (part.get(key) for part in (swapped, hearings))
+        rows.append(AnswerRow(query, responses[key], verdict, *found))
     return rows

@@ -11,6 +11,8 @@ import soundfile
 
 from paras2s_jax.bench import cards, charts, report, tables
 from paras2s_jax.bench.aggregate import BenchError
+from paras2s_jax.bench.ear import Hearing
+from paras2s_jax.data.records import Response, read_jsonl, write_jsonl
 
 EVIL = "<script>alert('x')</script> \" onload=alert(1) </script>"
 VOID = {"meta", "input", "link", "br", "line", "circle", "path", "rect"}
@@ -154,8 +156,15 @@ def test_a_bench_with_holes_is_refused(benched):
     with pytest.raises(BenchError, match="is a folder"):
         report.write_report(benched / "bench", benched, benched)
     path.write_text("".join(lines[1:]))
-    with pytest.raises(BenchError, match=r"swapped\.jsonl lacks answer"):
+    with pytest.raises(BenchError, match=r"swapped\.jsonl lacks"):
         page(benched)
+
+
+def test_answers_of_earlier_benches_are_left_out(benched):
+    path = benched / "bench" / "sft" / "responses.jsonl"
+    first, *others = read_jsonl(path, Response)
+    write_jsonl(path, [dataclasses.replace(first, query_id="asked before"), first, *others])
+    assert "asked before" not in page(benched)
 
 
 def test_real_speech_has_no_other_style(asked, bench_of, make, open_page):
@@ -264,6 +273,19 @@ def test_text_of_models_stays_text(open_page, benched):
     assert "<script>alert" in view.inner_text(".detail .raw pre")
     assert "4.0, failed, 2.0" in view.inner_text(".detail")
     assert view.evaluate("document.scripts.length") == 4
+
+
+def test_what_the_ear_heard_is_shown(open_page, benched):
+    path = benched / "bench" / "grpo" / "responses.jsonl"
+    rows = [
+        Hearing(row.query_id, row.sample, f"heard {EVIL}", None, False, "")
+        for row in read_jsonl(path, Response)
+    ]
+    write_jsonl(path.with_name("heard.jsonl"), rows)
+    view = open_page(write(benched))
+    view.select_option("[name=system]", "grpo")
+    rows_of(view).first.locator("button").click()
+    assert f"heard {EVIL}" in view.inner_text(".detail .facts >> nth=1")
 
 
 @pytest.mark.parametrize("max_mb", [12.0, 0.0])
