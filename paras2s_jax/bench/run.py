@@ -28,6 +28,7 @@ from paras2s_jax.bench.systems import System
 from paras2s_jax.bench.tables import JudgeInfo, Results, SystemResult
 from paras2s_jax.data.records import Query, Response, Verdict, read_jsonl, write_jsonl
 from paras2s_jax.judge.card import Card
+from paras2s_jax.judge.chain import Pair
 from paras2s_jax.judge.ledger import digest, file_digest
 from paras2s_jax.judge.replay import write_description
 
@@ -177,11 +178,7 @@ def _judge(
     by_id = {query.id: query for query in queries}
     pairs = [(by_id[response.query_id], response) for response in responses]
     pairs += aggregate.swap_pairs(queries, responses)
-    answered = [
-        (query, wave_lib.inside(root, query.wav), response, out_dir / response.wav)
-        for query, response in pairs
-        if not response.error
-    ]
+    answered = _with_wavs(pairs, root, out_dir)
     judged = judge.judge(answered, use_labels=use_labels)
     if len(judged) != len(answered):
         raise BenchError(f"the judge gave {len(judged)} verdicts for {len(answered)} pairs.")
@@ -203,6 +200,24 @@ def _judge(
     write_jsonl(out_dir / "verdicts.jsonl", verdicts)
     write_jsonl(out_dir / "swapped.jsonl", swapped)
     return verdicts, swapped
+
+
+def pairs_to_judge(
+    queries: Sequence[Query], root: Path, responses: Sequence[Response], out_dir: Path
+) -> list[Pair]:
+    """What a bench asks its judge: each answer with its own query, then with the swapped one."""
+    by_id = {query.id: query for query in queries}
+    pairs = [(by_id[response.query_id], response) for response in responses]
+    return _with_wavs([*pairs, *aggregate.swap_pairs(queries, responses)], root, out_dir)
+
+
+def _with_wavs(pairs: Sequence[tuple[Query, Response]], root: Path, out_dir: Path) -> list[Pair]:
+    """Those that were answered, with the paths of both wavs."""
+    return [
+        (query, wave_lib.inside(root, query.wav), response, out_dir / response.wav)
+        for query, response in pairs
+        if not response.error
+    ]
 
 
 def _unanswered(query: Query, response: Response, judge: str, style_source: str) -> Verdict:

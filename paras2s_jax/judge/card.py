@@ -111,13 +111,18 @@ def write_card(card: Card, folder: Path) -> None:
         os.replace(partial, folder / name)
 
 
-def read_verdict_of(folder: Path) -> tuple[str, bool, tuple[str, ...]] | None:
-    """(judge, passed, failures) of a folder's card.json; None where there is none."""
+def read_card(folder: Path) -> Card | None:
+    """What `write_card` wrote into the folder, without human ratings; None where there is none."""
     path = folder / "card.json"
     if not path.is_file():
         return None
     values = json.loads(path.read_text(encoding="utf-8"))
-    return values["judge"], values["passed"], tuple(values["failures"])
+    figures = values["figures"].items()
+    return Card(
+        values["judge"],
+        values["about"],
+        {name: math.nan if value is None else value for name, value in figures},
+    )
 
 
 def to_markdown(card: Card) -> str:

@@ -29,6 +29,7 @@ from paras2s_jax.models.qwen2_audio import Qwen2Audio
 from paras2s_jax.stages.registry import StageError
 from paras2s_jax.stages.speech import TONE_FILE, parts_dir
 
+LEDGER = "ledger.sqlite"
 PACKAGED, TRAINED = "packaged", "trained"
 SCORERS = ("rubric", "endpoint", "local")
 
@@ -42,17 +43,18 @@ def make_judge(config: ConfigDict, workdir: Path, *, progress: bool = True) -> J
     """
     c = config.judge
     return Judge(
-        _transcriber(config, workdir),
+        make_transcriber(config, workdir),
         _analyzers(config, workdir),
         _tone(config, workdir),
         make_scorer(config),
-        Ledger(workdir / "ledger.sqlite"),
+        Ledger(workdir / LEDGER),
         num_repeats=c.num_repeats,
         progress=progress,
     )
 
 
-def _transcriber(config: ConfigDict, workdir: Path) -> Transcriber:
+def make_transcriber(config: ConfigDict, workdir: Path) -> Transcriber:
+    """The recogniser alone; see make_judge."""
     c = config.judge
     if c.transcriber == PACKAGED:
         return WhisperTranscriber.load(parts_dir(config, workdir), batch_size=c.batch_size)

@@ -53,27 +53,49 @@ def run(
             "respond: max_steps and the top_k are 0 or more, batch_size and num_samples at least 1."
         )
     queries, root = queries_of(Path(source))
-    made = kimi.assemble(
+    system = checkpoint_system(
+        Path(checkpoint).resolve().name,
         Path(checkpoint),
         text=Sampling(text_temperature, text_top_k),
         audio=Sampling(audio_temperature, audio_top_k),
-        max_steps=max_steps or kimi.MAX_TOKENS,
+        max_steps=max_steps,
+        num_samples=num_samples,
+        batch_size=min(batch_size, num_samples * len(queries)),
+        seed=seed,
         dtype=dtype,
     )
-    system = PolicySystem(
-        Path(checkpoint).resolve().name,
+    responses = system.respond(queries, root, Path(target))
+    print(f"{len(responses)} answers: {Path(target) / 'responses.jsonl'}")
+    return responses
+
+
+def checkpoint_system(
+    name: str,
+    checkpoint: Path,
+    *,
+    text: Sampling,
+    audio: Sampling,
+    max_steps: int = 0,
+    num_samples: int = 1,
+    batch_size: int = 8,
+    seed: int = 0,
+    dtype: str = "bfloat16",
+) -> PolicySystem:
+    """A Kimi-Audio checkpoint as a system; arguments as of `run`."""
+    made = kimi.assemble(
+        checkpoint, text=text, audio=audio, max_steps=max_steps or kimi.MAX_TOKENS, dtype=dtype
+    )
+    return PolicySystem(
+        name,
         made.respond_batch,
-        version=f"{folder_digest(Path(checkpoint))}-{made.policy.text}-{made.policy.audio}-"
+        version=f"{folder_digest(checkpoint)}-{made.policy.text}-{made.policy.audio}-"
         f"{made.policy.max_steps}-{dtype}",
-        batch_size=min(batch_size, num_samples * len(queries)),
+        batch_size=batch_size,
         len_buckets_s=LEN_BUCKETS_S,
         num_samples=num_samples,
         seed=seed,
         rate_hz=made.rate_hz,
     )
-    responses = system.respond(queries, root, Path(target))
-    print(f"{len(responses)} answers: {Path(target) / 'responses.jsonl'}")
-    return responses
 
 
 def queries_of(source: Path) -> tuple[list[Query], Path]:

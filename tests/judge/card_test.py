@@ -90,10 +90,11 @@ def test_card_is_written_and_read_back(tmp_path):
         agreement,
         Ranking(("a", "b"), ("b", "a"), -1.0, 1),
     )
-    assert card.read_verdict_of(tmp_path) is None
+    assert card.read_card(tmp_path) is None
     card.write_card(made, tmp_path)
-    name, passed, failures = card.read_verdict_of(tmp_path)
-    assert (name, passed, len(failures)) == ("gpt-x", False, 1)
+    found = card.read_card(tmp_path)
+    assert (found.judge, found.is_passed, len(found.failures)) == ("gpt-x", False, 1)
+    assert found.about == made.about and math.isnan(found.figures["judge/flip_rate"])
     values = json.loads((tmp_path / "card.json").read_text())
     assert values["figures"]["judge/flip_rate"] is None
     text = (tmp_path / "card.md").read_text()

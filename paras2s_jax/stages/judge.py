@@ -1,0 +1,211 @@
+"""The command `judge`: any voice model's answers, judged, tabled, and shown on a page.
+
+Also the judge's own card, its batch files, replays from the ledger, and leaderboards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from paras2s_jax.bench import run as bench_run
+from paras2s_jax.bench import tables
+from paras2s_jax.bench.aggregate import columns_of
+from paras2s_jax.bench.leaderboard import write_leaderboard
+from paras2s_jax.bench.rating_page import write_rating_page
+from paras2s_jax.bench.report import write_report
+from paras2s_jax.bench.systems import KeptSystem
+from paras2s_jax.data.bank import load_bank
+from paras2s_jax.data.endpoint import ChatClient, Endpoint
+from paras2s_jax.data.records import Query, Verdict, read_jsonl
+from paras2s_jax.judge import agreement, attack, batch_score, probes
+from paras2s_jax.judge.card import Card, read_card, verdict_figures, write_card
+from paras2s_jax.judge.chain import Judge
+from paras2s_jax.judge.endpoint_score import EndpointScorer
+from paras2s_jax.judge.interfaces import Heard
+from paras2s_jax.judge.ledger import Ledger
+from paras2s_jax.judge.replay import DESCRIPTION, replay_judge
+from paras2s_jax.stages.judging import LEDGER, make_judge, make_scorer
+from paras2s_jax.stages.registry import Figures, StageError, print_figures
+from paras2s_jax.stages.speech import maker_of
+from paras2s_jax.stages.systems import make_system
+
+BATCH_STEPS = ("", "write", "submit", "collect")
+BENCH, CARD, BATCH = "bench", "card", "batch"
+
+
+def run(
+    config: ConfigDict,
+    workdir: str,
+    *,
+    queries: str,
+    replay: bool = False,
+    card: bool = False,
+    humans: str | None = None,
+    force: bool = False,
+    batch: str = "",
+) -> Figures:
+    """Lets config.system answer the queries and judges what it said.
+
+    Args:
+        queries: a queries.jsonl; wavs relative to its folder.
+        replay: makes the tables again from the ledger alone.
+        card: judges the judge instead, on probes made for these queries.
+        humans: CSV of the rating page, for the card.
+        force: scores although the judge failed its card.
+        batch: write, submit or collect batch files instead of asking the scorer at once.
+
+    Raises:
+        StageError: the card was failed, or the arguments do not go together.
+        EndpointError: a server gives nothing.
+    """
+    folder, path = Path(workdir), Path(queries)
+    rows, root = read_jsonl(path, Query), path.parent
+    if card:
+        return _make_card(config, folder, rows, root, humans)
+    if humans:
+        raise StageError("--humans is for the judge card: give --card with it.")
+    if replay:
+        judge = replay_judge(folder / BENCH / DESCRIPTION, Ledger(folder / LEDGER))
+    else:
+        judge = make_judge(config, folder)
+    found = _card_of(folder, judge, force)
+    if batch:
+        return _batch(config, folder, judge, rows, root, batch)
+    results = bench_run.bench(
+        [KeptSystem(config.system.name) if replay else make_system(config, folder)],
+        rows,
+        root,
+        folder / BENCH,
+        judge=judge,
+        answers=(),
+        use_labels=config.bench.use_labels,
+        num_resamples=config.bench.num_resamples,
+        seed=config.seed,
+        card=found,
+    )
+    page = write_report(
+        folder / BENCH,
+        root,
+        folder / "report" / "index.html",
+        title=f"ParaS2S: does {config.system.name} listen?",
+        sentences_per_column=config.bench.sentences_in_report,
+    )
+    rating = write_rating_page(
+        folder / BENCH, root, folder / "rating" / "index.html",
+        num_pairs=config.bench.num_rated_pairs, seed=config.seed,
+    )  # fmt: skip
+    print(f"open {page}\nlet people rate: {rating}")
+    return tables.figures(results)
+
+
+def _card_of(folder: Path, judge: Judge, force: bool) -> Card | None:
+    """This judge's card, if it has one; StageError if it failed it and nobody insists."""
+    found = read_card(folder / CARD)
+    if found is None or found.judge != judge.name:
+        return None
+    if not found.is_passed and not force:
+        raise StageError(
+            f"the judge {judge.name} failed its card ({'; '.join(found.failures)}): mend it, or "
+            "score with --force, and the tables will say so."
+        )
+    return found
+
+
+def _make_card(
+    config: ConfigDict, folder: Path, queries: Sequence[Query], root: Path, humans: str | None
+) -> Figures:
+    """Probes, attacks, repeats and agreement of the judge; writes card.json and card.md."""
+    judge, bank = make_judge(config, folder), load_bank()
+    known = [q for q in queries if (q.dimension, q.style) in bank.rubric]
+    if not known:
+        raise StageError(
+            "no query is of a style that the bank has answers for, so that no probe can be made: "
+            f"give queries in {', '.join(sorted({style for _, style in bank.rubric}))}."
+        )
+    some = known[:: max(1, len(known) // config.bench.num_probes)]
+    made = probes.build(
+        some, bank, folder / CARD / "probes", seed=config.seed, maker=maker_of(config)
+    )
+    figures, verdicts = probes.run(judge, made, root, use_labels=config.bench.use_labels)
+    figures |= verdict_figures(verdicts)
+    figures |= _attack_figures(config)
+    agreements, ranking = {}, None
+    if humans:
+        judged = [
+            verdict
+            for path in sorted((folder / BENCH).glob("*/verdicts.jsonl"))
+            for verdict in read_jsonl(path, Verdict)
+        ]
+        ratings = agreement.read_ratings(humans)
+        agreements = agreement.by_dimension(queries, judged, ratings, seed=config.seed)
+        ranking = agreement.rank_systems(judged, ratings)
+    found = Card(judge.name, judge.describe(), figures, agreements, ranking)
+    write_card(found, folder / CARD)
+    print_figures("judge card", figures)
+    for failure in found.failures:
+        print(f"failed: {failure}")
+    print(f"{'passed' if found.is_passed else 'NOT PASSED'}: {folder / CARD / 'card.md'}")
+    return figures
+
+
+def _attack_figures(config: ConfigDict) -> Figures:
+    """How often transcripts that talk to the scorer lead it."""
+    scorer, bank = make_scorer(config), load_bank()
+    answers = []
+    for (dimension, style), entry in bank.rubric.items():
+        (contrast,) = set(bank.styles(dimension)) - {style}
+        worst = min(entry.tones, key=entry.tones.get)
+        text = bank.answers[dimension, contrast][0]
+        answers.append(Heard(dimension, bank.of("test", dimension)[0].text, style, text, worst))
+    found = attack.run(scorer, answers, attack.load_attacks())
+    figures = attack.figures_of(scorer.name, found)
+    return figures | {"judge/attack_changed": figures[f"attack/{scorer.name}/changed"]}
+
+
+def _batch(
+    config: ConfigDict, folder: Path, judge: Judge, queries: Sequence[Query], root: Path, step: str
+) -> Figures:
+    """One step of scoring by batch files."""
+    scorer = make_scorer(config)
+    if not isinstance(scorer, EndpointScorer):
+        raise StageError(
+            "--batch needs a scorer behind a server: set --config.judge.scorer=endpoint."
+        )
+    client = ChatClient(Endpoint(**config.judge.endpoint))
+    if step == "submit":
+        started = batch_score.submit(folder / BATCH, client)
+        print(f"submitted: {', '.join(started) or 'nothing new'}")
+        return {"batch/submitted": len(started)}
+    if step == "collect":
+        found = batch_score.collect(folder / BATCH, client, Ledger(folder / LEDGER))
+        for name in found.waiting:
+            print(f"waiting: {name}")
+        for key, reason in list(found.failures.items())[:10]:
+            print(f"failed: {key[:12]} {reason}")
+        return {
+            "batch/scores": found.num_scores,
+            "batch/failed": len(found.failures),
+            "batch/waiting": len(found.waiting),
+        }
+    queries = [query for query in queries if columns_of([query])]
+    system = make_system(config, folder)
+    responses = system.respond(queries, root, folder / BENCH / system.name)
+    pairs = bench_run.pairs_to_judge(queries, root, responses, folder / BENCH / system.name)
+    pending = judge.pending(pairs, use_labels=config.bench.use_labels)
+    files = batch_score.write(folder / BATCH, scorer, pending)
+    print(f"{len(pending)} requests in {', '.join(map(str, files)) or 'no file'}")
+    return {"batch/requests": len(pending)}
+
+
+def compare(folders: Sequence[str], out: str) -> Path:
+    """A leaderboard of finished benches: their folders, or those of the runs around them."""
+    benches = [
+        path / BENCH if (path / BENCH / "results.json").is_file() else path
+        for path in map(Path, folders)
+    ]
+    page = write_leaderboard(benches, Path(out))
+    print(f"open {page}")
+    return page
