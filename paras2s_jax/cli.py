@@ -24,6 +24,7 @@ from paras2s_jax.stages.commands import COMMANDS, Command, UsageError
 USAGE = """paras2s STAGE --config=configs/X.py [--workdir=DIR] [--config.key=value …]
 paras2s COMMAND [--flag=value …]
 paras2s perf MEASURE [--flag=value …]
+paras2s report RUN RUN … [--output=DIR]      a leaderboard of finished benches
 
 Teaches a speech-to-speech model to answer how something was said, not only what.
 
@@ -78,8 +79,10 @@ def _user_errors() -> tuple[type[Exception], ...]:
     from paras2s_jax.bench.aggregate import BenchError
     from paras2s_jax.convert.rules import ConversionError
     from paras2s_jax.data.batches import ManifestError
+    from paras2s_jax.data.endpoint import EndpointError
     from paras2s_jax.data.records import RecordError
     from paras2s_jax.data.tiktoken_vocabulary import VocabularyError
+    from paras2s_jax.judge.agreement import RatingError
     from paras2s_jax.judge.ledger import LedgerError
     from paras2s_jax.plan.hardware import PlanError
     from paras2s_jax.stages.registry import StageError
@@ -93,9 +96,11 @@ def _user_errors() -> tuple[type[Exception], ...]:
         CheckpointError,
         ConversionError,
         DistributedError,
+        EndpointError,
         LedgerError,
         ManifestError,
         PlanError,
+        RatingError,
         RecordError,
         StageError,
         TrainingError,
@@ -316,9 +321,21 @@ def _run_measure(argv: list[str]) -> None:
     perf.run(measure, _arguments(measure, argv[3:]))
 
 
+def _compare(argv: list[str]) -> None:
+    """`report A B C [--output=DIR]`: a leaderboard of finished benches."""
+    from paras2s_jax.stages.judge import compare
+
+    values = flags.FlagValues()
+    flags.DEFINE_string("output", "runs/leaderboard", "Folder of the pages.", flag_values=values)
+    values.set_gnu_getopt()
+    compare(values(["report", *argv])[1:], values.output)
+
+
 def _run(argv: list[str]) -> None:
     if argv[1] == "perf":
         _run_measure(argv)
+    elif argv[1] == "report" and len(argv) > 2 and not argv[2].startswith("-"):
+        _compare(argv[2:])
     elif argv[1] in COMMANDS:
         command = COMMANDS[argv[1]]
         command.run(**_arguments(command, argv[2:]))

@@ -83,5 +83,5 @@ class Described(Protocol):
 
 def write_description(judge: Described, folder: Path) -> None:
     """Writes what `replay_judge` reads."""
-    text = json.dumps(judge.describe(), indent=1, sort_keys=True) + "\n"
+    text = json.dumps(judge.describe(), indent=1) + "\n"
     (folder / DESCRIPTION).write_text(text, encoding="utf-8")

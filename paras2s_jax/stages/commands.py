@@ -178,6 +178,25 @@ COMMANDS: dict[str, Command] = {
             Lazy("paras2s_jax.stages.respond", "run"),
         ),
         Command(
+            "judge",
+            "any voice model: what it answers, judged, tabled, and shown on a page",
+            (
+                Flag("queries", "queries.jsonl of the spoken queries"),
+                Flag("replay", "makes the tables again from the ledger alone", False, bool),
+                Flag("card", "judges the judge: probes, attacks, agreement", False, bool),
+                Flag("humans", "CSV of the rating page, for the card", None),
+                Flag("force", "scores although the judge failed its card", False, bool),
+                Flag(
+                    "batch",
+                    "a step of scoring by batch files, at half the price",
+                    "no",
+                    choices=("no", "write", "submit", "collect"),
+                ),
+            ),
+            Lazy("paras2s_jax.stages.judge", "run"),
+            takes_config=True,
+        ),
+        Command(
             "compile",
             "what a stage needs on a slice of chips that need not be there: memory, time, price",
             (

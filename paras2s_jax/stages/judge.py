@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from paras2s_jax.bench import run as bench_run
 from paras2s_jax.bench import tables
-from paras2s_jax.bench.aggregate import columns_of
+from paras2s_jax.bench.aggregate import MEAN, columns_of
 from paras2s_jax.bench.leaderboard import write_leaderboard
 from paras2s_jax.bench.rating_page import write_rating_page
 from paras2s_jax.bench.report import write_report
@@ -32,7 +32,7 @@ from paras2s_jax.stages.registry import Figures, StageError, print_figures
 from paras2s_jax.stages.speech import maker_of
 from paras2s_jax.stages.systems import make_system
 
-BATCH_STEPS = ("", "write", "submit", "collect")
+NO_BATCH = "no"
 BENCH, CARD, BATCH = "bench", "card", "batch"
 
 
@@ -45,7 +45,7 @@ def run(
     card: bool = False,
     humans: str | None = None,
     force: bool = False,
-    batch: str = "",
+    batch: str = NO_BATCH,
 ) -> Figures:
     """Lets config.system answer the queries and judges what it said.
 
@@ -55,7 +55,7 @@ def run(
         card: judges the judge instead, on probes made for these queries.
         humans: CSV of the rating page, for the card.
         force: scores although the judge failed its card.
-        batch: write, submit or collect batch files instead of asking the scorer at once.
+        batch: "write", "submit" or "collect" batch files instead of asking the scorer at once.
 
     Raises:
         StageError: the card was failed, or the arguments do not go together.
@@ -72,7 +72,7 @@ def run(
     else:
         judge = make_judge(config, folder)
     found = _card_of(folder, judge, force)
-    if batch:
+    if batch != NO_BATCH:
         return _batch(config, folder, judge, rows, root, batch)
     results = bench_run.bench(
         [KeptSystem(config.system.name) if replay else make_system(config, folder)],
@@ -95,7 +95,8 @@ def run(
     )
     rating = write_rating_page(
         folder / BENCH, root, folder / "rating" / "index.html",
-        num_pairs=config.bench.num_rated_pairs, seed=config.seed,
+        num_pairs=min(config.bench.num_rated_pairs, results.systems[0].scores[MEAN].num_scored),
+        seed=config.seed,
     )  # fmt: skip
     print(f"open {page}\nlet people rate: {rating}")
     return tables.figures(results)
