@@ -17,7 +17,7 @@ from paras2s_jax.judge.ledger import Ledger, LedgerError
 
 
 class Stage:
-    model_id, settings, max_dur_s = "stage-1", {"gates": (0.1, 2)}, 1.0
+    model_id, settings, max_dur_s = "stage-1", {"zeta": (0.1, 2), "alpha": 1}, 1.0
     labels = ("sad", "surprised")
 
     def transcribe(self, waves):

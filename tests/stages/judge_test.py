@@ -1,0 +1,161 @@
+"""The judge command on fake ears: what they hear is the level of constant waves."""
+
+import importlib
+import io
+
+import numpy as np
+import pytest
+import soundfile
+
+from paras2s_jax import cli
+from paras2s_jax.audio import wave as wave_lib
+from paras2s_jax.data.records import Query, write_jsonl
+from paras2s_jax.judge.card import Card, write_card
+from paras2s_jax.judge.chain import Judge
+from paras2s_jax.judge.interfaces import Score, Transcript
+from paras2s_jax.judge.ledger import Ledger
+from paras2s_jax.perf.chat_server import ChatServer, audio_message
+from paras2s_jax.stages.registry import StageError
+
+judge_stage = importlib.import_module("paras2s_jax.stages.judge")
+
+STYLES = ("sad", "surprised")
+
+
+class Ear:
+    model_id, settings, max_dur_s, labels = "ear", {}, 5.0, STYLES
+
+    def transcribe(self, waves):
+        return [Transcript(f"level {round(100 * wave.max())}", 0.0) for wave in waves]
+
+    def name(self, waves):
+        odd = [round(100 * wave.max()) % 2 for wave in waves]
+        return [STYLES[i] for i in odd], np.eye(2, dtype=np.float32)[odd]
+
+
+class Scorer:
+    name, version, settings_hash = "levels", "1", "x"
+
+    def score(self, heard, repeat=0):
+        for index, item in enumerate(heard):
+            yield index, Score(1.0 + int(item.transcript_out[6:]) % 5, None, None, "by level")
+
+
+@pytest.fixture
+def asked(tmp_path):
+    """queries.jsonl of 100 sentences in two styles, and a folder with 200 answers."""
+    rows = []
+    for index in range(200):
+        style, other = STYLES[:: 1 if index % 2 else -1]
+        wav = f"queries/{index}.wav"
+        wave_lib.save(tmp_path / wav, np.full(400, (20 + index % 60) / 100, np.float32), 16_000)
+        answer = np.full(400, (10 + index % 7) / 100, np.float32)
+        wave_lib.save(tmp_path / f"answers/q{index}.wav", answer, 16_000)
+        rows.append(
+            Query(
+                f"q{index}",
+                f"s{index // 2}",
+                "emotion",
+                "words",
+                style,
+                other,
+                "topic",
+                "test",
+                "v",
+                wav,
+                0.025,
+            )
+        )
+    return write_jsonl(tmp_path / "queries.jsonl", rows)
+
+
+@pytest.fixture
+def fake_judge(monkeypatch):
+    def make(config, workdir):
+        return Judge(
+            Ear(), {}, Ear(), Scorer(), Ledger(workdir / judge_stage.LEDGER), progress=False
+        )
+
+    monkeypatch.setattr(judge_stage, "make_judge", make)
+
+
+def run(asked, workdir, *flags):
+    argv = ["paras2s", "judge", "--config=configs/judge.py", f"--queries={asked}"]
+    return cli.main([*argv, f"--workdir={workdir}", "--config.bench.num_resamples=50", *flags])
+
+
+def test_a_folder_of_200_answers(asked, tmp_path, fake_judge, capsys):
+    workdir = tmp_path / "run"
+    folder = f"--config.system.source={tmp_path / 'answers'}"
+    assert run(asked, workdir, folder) == 0
+    out = capsys.readouterr().out
+    assert "ParaS2SBench" in out and "0/200" in out
+    for name in ("bench/table.md", "report/index.html", "rating/index.html"):
+        assert (workdir / name).is_file()
+    before = (workdir / "bench" / "results.json").read_bytes()
+    assert run(asked, workdir, "--replay") == 0
+    assert (workdir / "bench" / "results.json").read_bytes() == before
+
+
+def test_an_endpoint_by_the_same_path(asked, tmp_path, fake_judge, capsys):
+    wav = io.BytesIO()
+    soundfile.write(wav, np.full(400, 0.14), 16_000, format="WAV")
+    with ChatServer(lambda body: audio_message(wav.getvalue(), "well")) as server:
+        endpoint = f"--config.system.endpoint.base_url={server.url}"
+        assert run(asked, tmp_path / "run", "--config.system.kind=chat", endpoint) == 0
+        assert len(server.requests) == 200
+    assert "0/200" in capsys.readouterr().out
+
+
+def test_a_judge_that_failed_its_card_is_refused_unless_forced(asked, tmp_path, fake_judge, capsys):
+    workdir = tmp_path / "run"
+    name = judge_stage.make_judge(None, workdir).name
+    write_card(Card(name, {}, {"judge/probe_order": 0.5}), workdir / "card")
+    folder = f"--config.system.source={tmp_path / 'answers'}"
+    assert run(asked, workdir, folder) == 2
+    assert "failed its card (probes in their order" in capsys.readouterr().err
+    assert run(asked, workdir, folder, "--force") == 0
+    assert "THE JUDGE FAILED ITS CARD" in (workdir / "bench" / "table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--humans=x.csv"], "--humans is for the judge card"),
+        (["--batch=write"], "set --config.judge.scorer=endpoint"),
+        ([], "a system of kind 'folder' needs system.source"),
+        (["--config.system.kind=fax"], "choose one of folder, recorded, chat"),
+        (["--replay"], "only what has been judged can be replayed"),
+    ],
+)
+def test_what_cannot_be_done_says_so(asked, tmp_path, fake_judge, capsys, flags, message):
+    assert run(asked, tmp_path / "run", *flags) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_leaderboard_of_two_runs(asked, tmp_path, fake_judge, capsys):
+    for name in ("one", "two"):
+        source = f"--config.system.source={tmp_path / 'answers'}"
+        assert run(asked, tmp_path / name, source, f"--config.system.name={name}") == 0
+    out = tmp_path / "board"
+    runs = [str(tmp_path / name) for name in ("one", "two")]
+    assert cli.main(["paras2s", "report", *runs, f"--output={out}"]) == 0
+    text = (out / "leaderboard.md").read_text()
+    assert "one" in text and "two" in text
+    assert cli.main(["paras2s", "report", str(tmp_path), f"--output={out}"]) == 2
+
+
+def test_scorers_by_config(monkeypatch):
+    from paras2s_jax.stages.judging import make_scorer
+
+    config = cli.load_config("configs/judge.py:hosted")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    from paras2s_jax.data.endpoint import EndpointError
+
+    with pytest.raises(EndpointError, match="OPENAI_API_KEY"):
+        make_scorer(config)
+    monkeypatch.setenv("OPENAI_API_KEY", "x")
+    assert make_scorer(config).name == "gpt-4.1"
+    config.judge.scorer = "oracle"
+    with pytest.raises(StageError, match="choose one of rubric, endpoint, local"):
+        make_scorer(config)
