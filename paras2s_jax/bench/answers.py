@@ -4,14 +4,14 @@ import dataclasses
 import json
 import os
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from paras2s_jax.audio import wave as wave_lib
-from paras2s_jax.data.records import Response, append_jsonl, read_jsonl, write_jsonl
+from paras2s_jax.data.records import Query, Response, append_jsonl, read_jsonl, write_jsonl
 
 # Stands for an answer without any sound, so that a judge hears silence instead of a broken file.
 NO_ANSWER_S = 0.1
@@ -67,6 +67,13 @@ class AnswerStore:
         """Notes that the system gave no answer; `response.error` says why."""
         self._failed[response.query_id, response.sample] = response
         append_jsonl(self.folder / ROWS, response)
+
+    def plan(
+        self, queries: Sequence[Query], num_samples: int
+    ) -> tuple[list[tuple[Query, int]], list[tuple[Query, int]]]:
+        """(query, sample) of all answers that are wanted, and of those that are not done."""
+        units = [(query, sample) for query in queries for sample in range(num_samples)]
+        return units, [unit for unit in units if (unit[0].id, unit[1]) not in self.done]
 
     def answer(self, query_id: str, sample: int) -> Response:
         """What there is: the answer, or the note that there is none."""

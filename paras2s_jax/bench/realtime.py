@@ -7,7 +7,6 @@ import base64
 import concurrent.futures
 import dataclasses
 import json
-import threading
 import time
 import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ from websockets.sync.client import connect
 from paras2s_jax.audio import wave as wave_lib
 from paras2s_jax.bench.answers import AnswerStore
 from paras2s_jax.bench.remote import ASSISTANT
-from paras2s_jax.data.endpoint import GIVE_UP_AFTER, Endpoint, EndpointError
+from paras2s_jax.data.endpoint import GIVE_UP_AFTER, Endpoint, EndpointError, Pace
 from paras2s_jax.data.records import Query, Response
 
 # Of pcm16 in both directions (platform.openai.com/docs/guides/realtime).
@@ -66,8 +65,7 @@ class RealtimeSystem:
                 "voice": self.voice,
             },
         )
-        units = [(query, sample) for query in queries for sample in range(self.num_samples)]
-        todo = [unit for unit in units if (unit[0].id, unit[1]) not in store.done]
+        units, todo = store.plan(queries, self.num_samples)
         failures = 0
         with tqdm(total=len(todo), desc=f"{self.name}: respond", unit="answer") as bar:
             for (query, sample), found in self._ask_all(todo, Path(root)):
@@ -89,7 +87,7 @@ class RealtimeSystem:
 
     def _ask_all(self, todo: Sequence[tuple[Query, int]], root: Path) -> Iterator:
         """(unit, (wave, text) or SessionError) as sessions end."""
-        pace = _Pace(self.endpoint.requests_per_minute)
+        pace = Pace(self.endpoint.requests_per_minute)
         pool = concurrent.futures.ThreadPoolExecutor(self.endpoint.concurrency)
         try:
             waiting = {pool.submit(self._ask, query, root, pace): (query, s) for query, s in todo}
@@ -98,7 +96,7 @@ class RealtimeSystem:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _ask(self, query: Query, root: Path, pace: "_Pace"):
+    def _ask(self, query: Query, root: Path, pace: Pace):
         """One query with retries. Returns: (float32[L] at RATE_HZ, text), or a SessionError."""
         wave = wave_lib.load(wave_lib.inside(root, query.wav), RATE_HZ)
         retrying = Retrying(
@@ -212,17 +210,3 @@ def _address(endpoint: Endpoint) -> str:
     query = urllib.parse.urlencode({"model": endpoint.model})
     path = parts.path.rstrip("/") + "/realtime"
     return urllib.parse.urlunsplit((scheme, parts.netloc, path, query, ""))
-
-
-class _Pace:
-    """Starts of sessions, evenly spread."""
-
-    def __init__(self, per_minute: float):
-        self._gap_s = 60.0 / per_minute if per_minute else 0.0
-        self._next, self._lock = 0.0, threading.Lock()
-
-    def wait(self) -> None:
-        with self._lock:
-            start = max(time.monotonic(), self._next)
-            self._next = start + self._gap_s
-        time.sleep(max(0.0, start - time.monotonic()))

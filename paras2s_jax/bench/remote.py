@@ -52,14 +52,10 @@ class ChatSystem:
                 "extra": dict(self.extra),
             },
         )
-        units = [(query, sample) for query in queries for sample in range(self.num_samples)]
-        todo = [unit for unit in units if (unit[0].id, unit[1]) not in store.done]
+        units, todo = store.plan(queries, self.num_samples)
         bodies = _Lazy(todo, lambda unit: self._body(unit[0], unit[1], Path(root)))
-        with tqdm(total=len(todo), desc=f"{self.name}: respond", unit="answer") as bar:
-            for index, reply in self.client.chat_many(bodies):
-                query, sample = todo[index]
-                _keep(store, Response(query.id, self.name, sample, "", ""), reply)
-                bar.update()
+        for (query, sample), reply in _asked(self, todo, bodies):
+            _keep(store, Response(query.id, self.name, sample, "", ""), reply)
         return [store.answer(query.id, sample) for query, sample in units]
 
     def _body(self, query: Query, sample: int, root: Path) -> dict[str, Any]:
@@ -122,18 +118,13 @@ class PipelineSystem:
                 "instructions": [ASSISTANT, INFORMED],
             },
         )
-        units = [(query, sample) for query in queries for sample in range(self.num_samples)]
-        todo = [unit for unit in units if (unit[0].id, unit[1]) not in store.done]
+        units, todo = store.plan(queries, self.num_samples)
         asked = list({query.id: query for query, _ in todo}.values())
         waves = [wave_lib.load(wave_lib.inside(root, query.wav)) for query in asked]
         words = dict(zip((query.id for query in asked), self.hear(asked, waves), strict=True))
         bodies = [self._body(query, words[query.id], sample) for query, sample in todo]
-        with tqdm(total=len(todo), desc=f"{self.name}: respond", unit="answer") as bar:
-            for index, reply in self.client.chat_many(bodies):
-                query, sample = todo[index]
-                response = Response(query.id, self.name, sample, "", "")
-                self._speak(store, query, response, reply)
-                bar.update()
+        for (query, sample), reply in _asked(self, todo, bodies):
+            self._speak(store, query, Response(query.id, self.name, sample, "", ""), reply)
         return [store.answer(query.id, sample) for query, sample in units]
 
     def _body(self, query: Query, words: str, sample: int) -> dict[str, Any]:
@@ -159,6 +150,18 @@ class PipelineSystem:
             store.fail(dataclasses.replace(response, text=text, error=str(problem)))
             return
         store.add(dataclasses.replace(response, text=text), wave, self.synthesizer.rate_hz)
+
+
+def _asked(
+    system: ChatSystem | PipelineSystem,
+    todo: Sequence[tuple[Query, int]],
+    bodies: Sequence[Mapping[str, Any]],
+) -> Iterator[tuple[tuple[Query, int], Reply | CallFailure]]:
+    """((query, sample), reply) as replies come in, with a progress bar."""
+    with tqdm(total=len(todo), desc=f"{system.name}: respond", unit="answer") as bar:
+        for index, reply in system.client.chat_many(bodies):
+            yield todo[index], reply
+            bar.update()
 
 
 def failure_of(reply: Reply | CallFailure) -> str:

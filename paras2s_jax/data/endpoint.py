@@ -106,6 +106,23 @@ class Endpoint:
         raise EndpointError(f"set ${self.api_key_env} to the key of {self.base_url}")
 
 
+class Pace:
+    """Starts of calls, evenly spread; for several threads. per_minute: 0 = no limit."""
+
+    def __init__(self, per_minute: float):
+        self._gap_s = 60.0 / per_minute if per_minute else 0.0
+        self._next_start, self._lock = 0.0, threading.Lock()
+
+    def wait(self) -> None:
+        """Waits until the next call may start."""
+        if not self._gap_s:
+            return
+        with self._lock:
+            start = max(time.monotonic(), self._next_start)
+            self._next_start = start + self._gap_s
+        time.sleep(max(0.0, start - time.monotonic()))
+
+
 class ChatClient:
     """Calls of one Endpoint; may be used from several threads.
 
@@ -126,7 +143,7 @@ class ChatClient:
             max_retries=endpoint.max_retries,
         )
         self._lock = threading.Lock()
-        self._next_start = 0.0
+        self._pace = Pace(endpoint.requests_per_minute)
 
     def chat(self, body: Mapping[str, Any]) -> Reply | CallFailure:
         """One chat completion. body: messages and options of /v1/chat/completions, without model.
@@ -140,7 +157,7 @@ class ChatClient:
                 "spend cap",
                 f"${self.usd:.2f} of ${endpoint.usd_cap:.2f} are spent; raise usd_cap to go on",
             )
-        self._pace()
+        self._pace.wait()
         try:
             reply = self._request(body)
         except (self._errors.OpenAIError, json.JSONDecodeError) as error:
@@ -237,16 +254,6 @@ class ChatClient:
                 completion = self.api.chat.completions.create(model=self.endpoint.model, **body)
                 return reply_of(completion.to_dict(mode="json"))
         raise AssertionError("tenacity raises the last error itself")
-
-    def _pace(self) -> None:
-        """Waits until the next call may start."""
-        if not self.endpoint.requests_per_minute:
-            return
-        gap_s = 60.0 / self.endpoint.requests_per_minute
-        with self._lock:
-            start = max(time.monotonic(), self._next_start)
-            self._next_start = start + gap_s
-        time.sleep(max(0.0, start - time.monotonic()))
 
     def _price(self, reply: Reply) -> float:
         endpoint = self.endpoint

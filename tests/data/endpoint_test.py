@@ -161,7 +161,7 @@ def test_calls_are_paced(monkeypatch):
     monkeypatch.setattr(endpoint.time, "monotonic", lambda: clock[0])
     paced = ChatClient(Endpoint("http://localhost/v1", "m", requests_per_minute=120.0))
     for _ in range(3):
-        paced._pace()
+        paced._pace.wait()
     # Two a second: at once, after 0.5 s, after 1 s.
     assert waits == [0.0, 0.5, 1.0]
 
