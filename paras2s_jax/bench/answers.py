@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import urllib.parse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,14 @@ from typing import Any
 import numpy as np
 
 from paras2s_jax.audio import wave as wave_lib
-from paras2s_jax.data.records import Query, Response, append_jsonl, read_jsonl, write_jsonl
+from paras2s_jax.data.records import (
+    Query,
+    Response,
+    append_jsonl,
+    read_jsonl,
+    write_jsonl,
+    write_text,
+)
 
 # Stands for an answer without any sound, so that a judge hears silence instead of a broken file.
 NO_ANSWER_S = 0.1
@@ -49,9 +55,7 @@ class AnswerStore:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         rows.unlink(missing_ok=True)
-        partial = mark.with_suffix(".partial")
-        partial.write_text(json.dumps(identity), encoding="utf-8")
-        os.replace(partial, mark)
+        write_text(mark, json.dumps(identity))
 
     def add(self, response: Response, wave: np.ndarray, rate_hz: int = wave_lib.RATE_HZ) -> None:
         """Keeps an answer, unless it is there already. wave: float32[L]; may be empty."""

@@ -6,7 +6,6 @@ it into text nodes only, and a content security policy lets the page run no scri
 
 import base64
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import jinja2
 import markupsafe
 
 from paras2s_jax.bench.aggregate import BenchError
+from paras2s_jax.data.records import write_text
 
 # Sound comes from the page itself, or from files beside it.
 _POLICY = (
@@ -60,11 +60,7 @@ def write(path: Path, text: str) -> Path:
     path = Path(path)
     if path.is_dir():
         raise BenchError(f"{path} is a folder; name the page itself, for instance index.html.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-    return path
+    return write_text(path, text)
 
 
 def _joined(names: Sequence[str]) -> str:

@@ -5,7 +5,6 @@ import dataclasses
 import io
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ import rich.text
 
 from paras2s_jax.bench.aggregate import MEAN, REAL, SYNTHETIC, BenchError, Estimate
 from paras2s_jax.bench.comparison import POWER, Comparison
+from paras2s_jax.data.records import with_null, write_text
 from paras2s_jax.judge.card import Card
 
 # How the versions of scorers that read a prompt begin (judge.endpoint_score, judge.local_score).
@@ -288,15 +288,13 @@ def to_csv(results: Results) -> str:
 def write_results(results: Results, folder: Path) -> None:
     """Writes results.json, table.md and table.csv, each atomically."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_with_null(dataclasses.asdict(results)), indent=1, allow_nan=False)
+    text = json.dumps(with_null(dataclasses.asdict(results)), indent=1, allow_nan=False)
     for name, content in (
         ("table.md", to_markdown(results)),
         ("table.csv", to_csv(results)),
         ("results.json", text + "\n"),
     ):
-        partial = folder / f"{name}.partial"
-        partial.write_text(content, encoding="utf-8")
-        os.replace(partial, folder / name)
+        write_text(folder / name, content)
 
 
 def read_results(folder: Path) -> Results:
@@ -336,15 +334,6 @@ def _from_json(values: dict) -> Results:
         judge=JudgeInfo(**judge, card=card),
         **values,
     )
-
-
-def _with_null(value: object) -> object:
-    """NaN as null, which is the only way that strict JSON has for it."""
-    if isinstance(value, dict):
-        return {key: _with_null(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_with_null(part) for part in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _with_nan(row: dict) -> dict:

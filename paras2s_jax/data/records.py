@@ -10,7 +10,7 @@ import math
 import os
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -153,12 +153,26 @@ def read_jsonl(path: str | Path, cls: type[Record], *, partial_tail: bool = Fals
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Any]) -> Path:
-    """Writes rows to a jsonl file atomically (temporary file, then rename)."""
+    """Writes rows to a jsonl file atomically."""
+    return write_text(path, "".join(_line(row) for row in rows))
+
+
+def with_null(value: Any) -> Any:
+    """Plain data with tuples as lists and NaN as null, the only way that strict JSON has for it."""
+    if isinstance(value, Mapping):
+        return {key: with_null(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [with_null(part) for part in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Writes a text file atomically (temporary file, then rename). Returns: its path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        tmp.write_text("".join(_line(row) for row in rows), encoding="utf-8")
+        tmp.write_text(text, encoding="utf-8")
         os.replace(tmp, path)
     finally:
         tmp.unlink(missing_ok=True)

@@ -6,13 +6,13 @@ hands each to the server once, `collect` puts what has been answered into the le
 
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from paras2s_jax.data.endpoint import ChatClient, EndpointError, reply_of
+from paras2s_jax.data.records import write_text
 from paras2s_jax.judge.endpoint_score import EndpointScorer, score_of
 from paras2s_jax.judge.interfaces import Failure, Score
 from paras2s_jax.judge.ledger import Ledger
@@ -54,12 +54,12 @@ def write(folder: Path, scorer: EndpointScorer, pending: Mapping[str, Pending]) 
         request = {"custom_id": key, "method": "POST", "url": URL, "body": body}
         line = json.dumps(request) + "\n"
         if lines and (len(lines) >= MAX_REQUESTS or size + len(line) > MAX_BYTES):
-            files.append(_write(folder / REQUESTS.format(len(files)), lines))
+            files.append(write_text(folder / REQUESTS.format(len(files)), "".join(lines)))
             lines, size = [], 0
         lines.append(line)
         size += len(line)
     if lines:
-        files.append(_write(folder / REQUESTS.format(len(files)), lines))
+        files.append(write_text(folder / REQUESTS.format(len(files)), "".join(lines)))
     return files
 
 
@@ -84,14 +84,14 @@ def submit(folder: Path, client: ChatClient) -> list[str]:
         with open(path, "rb") as file:
             uploaded = client.api.files.create(file=file, purpose="batch")
         record = {"base_url": client.endpoint.base_url, "file": uploaded.id, "time_s": time.time()}
-        _save(receipt, record)
+        write_text(receipt, json.dumps(record, indent=1))
         batch = client.api.batches.create(
             input_file_id=uploaded.id,
             endpoint=URL,
             completion_window="24h",
             metadata={"name": path.name},
         )
-        _save(receipt, record | {"batch": batch.id})
+        write_text(receipt, json.dumps(record | {"batch": batch.id}, indent=1))
         started.append(batch.id)
     return started
 
@@ -152,16 +152,3 @@ def _answer(row: Mapping[str, Any]) -> Score | Failure:
 
 def _receipt(path: Path) -> Path:
     return path.with_name(path.stem + RECEIPT)
-
-
-def _write(path: Path, lines: list[str]) -> Path:
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(lines), encoding="utf-8")
-    os.replace(partial, path)
-    return path
-
-
-def _save(path: Path, record: Mapping[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=1), encoding="utf-8")
-    os.replace(partial, path)

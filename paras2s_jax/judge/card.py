@@ -8,13 +8,12 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from paras2s_jax.data.records import Verdict
+from paras2s_jax.data.records import Verdict, with_null, write_text
 from paras2s_jax.judge.agreement import Agreement, Ranking
 
 # What a judge must reach to be believed: (figure, at least or at most, limit, in words).
@@ -100,15 +99,12 @@ def flip_rate(verdicts: Sequence[Verdict]) -> float:
 
 def write_card(card: Card, folder: Path) -> None:
     """Writes card.json and card.md, each atomically."""
-    folder.mkdir(parents=True, exist_ok=True)
     values = dataclasses.asdict(card) | {"passed": card.is_passed, "failures": card.failures}
     for name, text in (
-        ("card.json", json.dumps(_plain(values), indent=1, allow_nan=False) + "\n"),
+        ("card.json", json.dumps(with_null(values), indent=1, allow_nan=False) + "\n"),
         ("card.md", to_markdown(card)),
     ):
-        partial = folder / f"{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, folder / name)
+        write_text(folder / name, text)
 
 
 def read_card(folder: Path) -> Card | None:
@@ -144,7 +140,7 @@ def to_markdown(card: Card) -> str:
             f"{', '.join(card.ranking.by_humans)}; {card.ranking.swaps} pairs in reverse, Kendall "
             f"{_number(card.ranking.kendall)}.",
         ]
-    lines += ["", "```json", json.dumps(_plain(card.about), indent=1), "```"]
+    lines += ["", "```json", json.dumps(with_null(card.about), indent=1), "```"]
     return "\n".join(lines) + "\n"
 
 
@@ -191,12 +187,3 @@ def _mean(values: Sequence[float]) -> float:
 
 def _number(value: float) -> str:
     return "n/a" if math.isnan(value) else f"{value:.3g}"
-
-
-def _plain(value: Any) -> Any:
-    """As JSON: tuples as lists, NaN as null."""
-    if isinstance(value, Mapping):
-        return {key: _plain(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(part) for part in value]
-    return None if isinstance(value, float) and math.isnan(value) else value

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
+from paras2s_jax.data.records import write_text
 from paras2s_jax.judge.chain import STYLE_PREFIX, Judge
 from paras2s_jax.judge.interfaces import Heard
 from paras2s_jax.judge.ledger import Ledger, LedgerError
@@ -83,5 +84,4 @@ class Described(Protocol):
 
 def write_description(judge: Described, folder: Path) -> None:
     """Writes what `replay_judge` reads."""
-    text = json.dumps(judge.describe(), indent=1) + "\n"
-    (folder / DESCRIPTION).write_text(text, encoding="utf-8")
+    write_text(folder / DESCRIPTION, json.dumps(judge.describe(), indent=1) + "\n")
