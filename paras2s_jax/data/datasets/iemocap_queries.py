@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import tensorflow_datasets as tfds
 
 from paras2s_jax.data.datasets import queries
 from paras2s_jax.data.records import Query
@@ -19,30 +18,20 @@ _LABEL = re.compile(r"^\[[\d. -]+\]\t(?P<name>\S+)\t(?P<label>\w+)\t", re.MULTIL
 _WORDS = re.compile(r"^(?P<name>Ses\w+) \[[\d.-]+\]: (?P<text>.*)$", re.MULTILINE)
 
 
-class IemocapQueries(tfds.core.GeneratorBasedBuilder):
+class IemocapQueries(queries.Corpus):
     """Improvised and scripted dialogues by ten actors; the emotional utterances that are words."""
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "First form."}
+    DESCRIPTION = "Emotional IEMOCAP utterances as spoken queries."
+    HOMEPAGE = "https://sail.usc.edu/iemocap/"
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
         "Ask for IEMOCAP at https://sail.usc.edu/iemocap/ and unpack it, so that manual_dir holds "
         f"{FOLDER}/Session1 … Session5. Optionally put a kept_ids.txt beside it: the names of the "
         "utterances whose words passed the filters."
     )
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        return self.dataset_info_from_configs(
-            description="Emotional IEMOCAP utterances as spoken queries.",
-            features=queries.features(),
-            homepage="https://sail.usc.edu/iemocap/",
-            citation=queries.CITATION,
-        )
-
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager):
-        return {"test": self._generate_examples(Path(dl_manager.manual_dir))}
-
-    def _generate_examples(self, manual_dir: Path):
-        return queries.numbered(_utterances(manual_dir))
+    def utterances(self, manual_dir: Path) -> Iterator[tuple[Query, np.ndarray]]:
+        """See _utterances."""
+        return _utterances(manual_dir)
 
 
 def _utterances(manual_dir: Path) -> Iterator[tuple[Query, np.ndarray]]:

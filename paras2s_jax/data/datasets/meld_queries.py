@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import tensorflow_datasets as tfds
 
 from paras2s_jax.data.datasets import queries
 from paras2s_jax.data.records import Query
@@ -15,11 +14,11 @@ STYLES = {"joy": "happy", "sadness": "sad", "anger": "angry", "surprise": "surpr
 COLUMNS = ("Utterance", "Speaker", "Emotion", "Dialogue_ID", "Utterance_ID")
 
 
-class MeldQueries(tfds.core.GeneratorBasedBuilder):
+class MeldQueries(queries.Corpus):
     """Utterances of a television series, of the official test split."""
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "First form."}
+    DESCRIPTION = "Emotional MELD utterances as spoken queries."
+    HOMEPAGE = "https://affective-meld.github.io"
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
         f"Get MELD from https://affective-meld.github.io, so that manual_dir holds {FOLDER}/"
         f"{LABELS}, and take the sound out of its videos, for instance with\n"
@@ -29,19 +28,9 @@ class MeldQueries(tfds.core.GeneratorBasedBuilder):
         "filters."
     )
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        return self.dataset_info_from_configs(
-            description="Emotional MELD utterances as spoken queries.",
-            features=queries.features(),
-            homepage="https://affective-meld.github.io",
-            citation=queries.CITATION,
-        )
-
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager):
-        return {"test": self._generate_examples(Path(dl_manager.manual_dir))}
-
-    def _generate_examples(self, manual_dir: Path):
-        return queries.numbered(_utterances(manual_dir))
+    def utterances(self, manual_dir: Path) -> Iterator[tuple[Query, np.ndarray]]:
+        """See _utterances."""
+        return _utterances(manual_dir)
 
 
 def _utterances(manual_dir: Path) -> Iterator[tuple[Query, np.ndarray]]:

@@ -87,6 +87,32 @@ def real_query(
     return query, wave
 
 
+class Corpus(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """A corpus of the user's: a test split of what `utterances` finds in manual_dir."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "First form."}
+    DESCRIPTION, HOMEPAGE = "", ""
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return self.dataset_info_from_configs(
+            description=self.DESCRIPTION,
+            features=features(),
+            homepage=self.HOMEPAGE,
+            citation=CITATION,
+        )
+
+    def utterances(self, manual_dir: Path) -> Iterator[tuple[Query, np.ndarray]]:
+        """Queries with their waves, float32[L] at 16 kHz."""
+        raise NotImplementedError
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager):
+        return {"test": self._generate_examples(Path(dl_manager.manual_dir))}
+
+    def _generate_examples(self, manual_dir: Path):
+        return numbered(self.utterances(manual_dir))
+
+
 def kept_ids(manual_dir: Path) -> frozenset[str] | None:
     """Utterances that passed the filters on their words, from kept_ids.txt; None without it.
 
