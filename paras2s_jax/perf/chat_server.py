@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import http.client
 import http.server
 import json
 import sys
@@ -90,6 +91,15 @@ class ChatServer:
     def url(self):
         return f"http://127.0.0.1:{self._server.server_address[1]}/v1"
 
+    def settle(self):
+        """Waits until every request made so far has its reply, or is known to have lost its client."""
+        probe = http.client.HTTPConnection(*self._server.server_address)
+        probe.request("GET", "/")  # Connections are accepted in turn: this one is the last.
+        probe.getresponse()
+        probe.close()
+        while self._server.num_open:
+            time.sleep(0.01)
+
     def __enter__(self):
         self._thread.start()
         return self
@@ -101,6 +111,20 @@ class ChatServer:
 
 class _Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
+    num_open = 0
+    _lock = threading.Lock()
+
+    def process_request(self, request, client_address):
+        with self._lock:
+            self.num_open += 1
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request, client_address):
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            with self._lock:
+                self.num_open -= 1
 
     def handle_error(self, request, client_address):
         """Clients that hang up, because they time out or are killed, are what this is for."""

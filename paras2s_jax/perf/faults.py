@@ -104,6 +104,7 @@ def run(queries: int, kills: int, seed: int) -> Figures:
             for _ in range(kills):
                 before, stored = sum(flaky.good.values()), _num_stored(folder / "flaky")
                 _killed_after(rng.uniform(0.5, 3.0), folder, server.url)
+                server.settle()
                 served = sum(flaky.good.values()) - before
                 in_flight += served - (_num_stored(folder / "flaky") - stored)
                 seen += _num_failed(folder / "flaky")
