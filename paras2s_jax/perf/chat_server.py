@@ -92,7 +92,7 @@ class ChatServer:
         return f"http://127.0.0.1:{self._server.server_address[1]}/v1"
 
     def settle(self):
-        """Waits until every request made so far has its reply, or is known to have lost its client."""
+        """Waits until every request made so far has its reply, or has been given up."""
         probe = http.client.HTTPConnection(*self._server.server_address)
         probe.request("GET", "/")  # Connections are accepted in turn: this one is the last.
         probe.getresponse()
