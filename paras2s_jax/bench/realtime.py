@@ -20,8 +20,8 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketExce
 from websockets.sync.client import connect
 
 from paras2s_jax.audio import wave as wave_lib
-from paras2s_jax.bench.answers import AnswerStore
 from paras2s_jax.bench.remote import ASSISTANT
+from paras2s_jax.data.answers import AnswerStore
 from paras2s_jax.data.endpoint import GIVE_UP_AFTER, Endpoint, EndpointError, Pace
 from paras2s_jax.data.records import Query, Response
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from paras2s_jax.audio import wave as wave_lib
 from paras2s_jax.audio.synth import Delivery
-from paras2s_jax.bench.answers import AnswerStore
+from paras2s_jax.data.answers import AnswerStore
 from paras2s_jax.data.endpoint import CallFailure, ChatClient, Reply
 from paras2s_jax.data.records import Query, Response
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from paras2s_jax.audio import wave as wave_lib
 from paras2s_jax.bench.aggregate import BenchError
-from paras2s_jax.bench.answers import AnswerStore, save_answer, wav_name
+from paras2s_jax.data.answers import AnswerStore, save_answer, wav_name
 from paras2s_jax.data.records import Query, Response, read_jsonl, write_jsonl
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")

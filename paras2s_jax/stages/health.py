@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from paras2s_jax.align import distill, grpo, pairs
 from paras2s_jax.align.health import Health, Limits
 from paras2s_jax.align.rewards import RewardModel
+from paras2s_jax.align.samples import judge_samples, sample
 from paras2s_jax.data.batches import Batches
 from paras2s_jax.data.records import Query, Response
 from paras2s_jax.stages.assembly import Assembly
@@ -49,7 +50,7 @@ def make_held_out(
     layout = made.layouts.train
 
     def gap(step: int, variables: Mapping[str, Any]) -> float:
-        responses = distill.sample(
+        responses = sample(
             made.policy,
             variables,
             made.frontend,
@@ -69,7 +70,7 @@ def make_held_out(
 
         def judge() -> list[float]:
             chain = make_judge(config, workdir, progress=False)
-            found = distill.judge_samples(chain.judge, queries, root, responses, folder)
+            found = judge_samples(chain.judge, queries, root, responses, folder)
             return [verdict.score for verdict in found]
 
         verdicts = np.array(distributed.on_main("held out verdicts", judge))

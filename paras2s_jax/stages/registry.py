@@ -7,7 +7,6 @@ import functools
 import importlib
 import json
 import math
-import os
 import resource
 import shutil
 import subprocess
@@ -22,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from paras2s_jax import __version__
+from paras2s_jax.data.records import write_text
 
 SUMMARY, SETTINGS = "summary.json", "settings.json"
 # Keys of any section that change how fast a stage is or what is kept of it, not what it makes.
@@ -129,10 +129,7 @@ def _peak_rss_gb() -> float:
 
 def write_json(path: Path, value: object) -> None:
     """Writes JSON atomically, so that a killed stage never leaves half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(path.suffix + ".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(partial, path)
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def print_figures(title: str, figures: Figures, console: Console | None = None) -> None:

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from paras2s_jax.align import distill, pairs
 from paras2s_jax.align.rewards import RewardModel, score_prompt
+from paras2s_jax.align.samples import judge_samples, sample
 from paras2s_jax.convert.stored import load_params, save_params
 from paras2s_jax.data.batches import Batches
 from paras2s_jax.data.records import Query, Response, Verdict, read_jsonl
@@ -163,7 +164,7 @@ def _sample(
     policy = dataclasses.replace(
         made.policy, text=Sampling(**c.text_sampling), audio=Sampling(**c.audio_sampling)
     )
-    return distill.sample(
+    return sample(
         policy,
         made.load(source),
         made.frontend,
@@ -196,7 +197,7 @@ def _judge(
 
     def judge() -> None:
         chain, root = make_judge(config, workdir), data_dir(config, workdir)
-        distill.judge_samples(chain.judge, queries, root, answers, samples)
+        judge_samples(chain.judge, queries, root, answers, samples)
 
     distributed.on_main("verdicts", judge)
     return answers, read_jsonl(samples / "verdicts.jsonl", Verdict)

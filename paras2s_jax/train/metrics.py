@@ -5,12 +5,13 @@ import math
 import os
 import pathlib
 import time
-import uuid
 from collections.abc import Mapping
 from typing import Any
 
 from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
+
+from paras2s_jax.data.records import write_text
 
 
 class RowFile:
@@ -31,9 +32,7 @@ class RowFile:
         """Drops what was written after `step`, including a line that a crash cut short."""
         self.close()
         kept = [json.dumps(row) + "\n" for row in read_metrics(self.path) if row["step"] <= step]
-        partial = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}.tmp")
-        partial.write_text("".join(kept), encoding="utf-8")
-        os.replace(partial, self.path)
+        write_text(self.path, "".join(kept))
 
     def close(self) -> None:
         if self._file is not None:

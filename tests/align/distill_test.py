@@ -1,9 +1,7 @@
-"""Sampling, judging and training of the reward model."""
+"""Training of the reward model."""
 
 import dataclasses
 import math
-import os
-import signal
 
 import jax
 import numpy as np
@@ -11,33 +9,8 @@ import optax
 import pytest
 
 from paras2s_jax.align import distill
-from paras2s_jax.audio import wave
 from paras2s_jax.data.batches import Batches
-from paras2s_jax.data.records import Verdict, read_jsonl
-from paras2s_jax.train import preemption
-
-GROUP = 2
-
-
-def _sample(tiny, spoken, out_dir, queries=None, **kwargs):
-    everything, _, folder = spoken
-    settings = {
-        "num_samples": GROUP,
-        "batch_size": 2,
-        "len_buckets_s": (0.4,),
-        "seed": 5,
-        "version": "first",
-    }
-    return distill.sample(
-        tiny.policy,
-        tiny.variables,
-        tiny.frontend,
-        tiny.tokenizer,
-        queries or everything,
-        folder,
-        out_dir,
-        **(settings | kwargs),
-    )
+from paras2s_jax.data.records import Verdict
 
 
 def _verdict(query, response, score):
@@ -59,88 +32,16 @@ def _verdict(query, response, score):
     )
 
 
-def _judge(pairs):
-    """Scores by length, and never by words; the very first answer cannot be scored."""
-    return [
-        _verdict(query, response, math.nan if at == 0 else min(5.0, 1 + 4 * response.dur_s))
-        for at, (query, query_wav, response, response_wav) in enumerate(pairs)
-        if query_wav.is_file() and response_wav.is_file()
+def test_rows_leave_out_what_has_no_score_or_no_sound(spoken):
+    queries, responses, folder = spoken
+    verdicts = [
+        _verdict(query, response, math.nan if at == 0 else 3.0)
+        for at, (query, response) in enumerate(zip(queries, responses, strict=True))
     ]
-
-
-@pytest.fixture(scope="module")
-def samples(tiny, spoken, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("samples")
-    return _sample(tiny, spoken, folder), folder
-
-
-def test_every_query_gets_its_samples(spoken, samples):
-    responses, folder = samples
-    keys = sorted((row.query_id, row.sample) for row in responses)
-    assert keys == [(query.id, g) for query in spoken[0] for g in range(GROUP)]
-    assert read_jsonl(folder / "responses.jsonl", type(responses[0])) == responses
-    for row in responses:
-        length = len(wave.load(folder / row.wav)) / wave.RATE_HZ
-        assert length == pytest.approx(row.dur_s if row.dur_s else distill.NO_ANSWER_S, abs=1e-4)
-    assert len({row.text for row in responses}) > 6
-
-
-def test_stopped_sampling_continues_to_the_same_answers(
-    tiny, spoken, samples, tmp_path, monkeypatch
-):
-    written = []
-
-    def dying(path, rows):
-        if written:
-            os.kill(os.getpid(), signal.SIGTERM)
-        written.append(path)
-        return write(path, rows)
-
-    write = distill.write_jsonl
-    monkeypatch.setattr(distill, "write_jsonl", dying)
-    # As the command line watches every stage: what is lost is the batch in flight.
-    with pytest.raises(preemption.Preempted), preemption.watch():
-        _sample(tiny, spoken, tmp_path)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    monkeypatch.undo()
-    first = tmp_path / "parts" / "000000.jsonl"
-    assert first.is_file() and not (tmp_path / "responses.jsonl").exists()
-    before = first.stat().st_mtime_ns
-    wav = tmp_path / read_jsonl(first, type(samples[0][0]))[0].wav
-    wav_before = wav.stat().st_mtime_ns
-    assert _sample(tiny, spoken, tmp_path) == samples[0]
-    assert wav.stat().st_mtime_ns == wav_before and before
-    for row in samples[0]:
-        assert (tmp_path / row.wav).read_bytes() == (samples[1] / row.wav).read_bytes()
-
-
-def test_samples_of_another_policy_are_thrown_away(tiny, spoken, tmp_path):
-    queries = spoken[0][:2]
-    _sample(tiny, spoken, tmp_path, queries)
-    stale = tmp_path / "wavs" / "stale.wav"
-    stale.write_bytes(b"")
-    _sample(tiny, spoken, tmp_path, queries)
-    assert stale.exists()  # The same policy: nothing was made again.
-    _sample(tiny, spoken, tmp_path, queries, version="second")
-    assert not stale.exists()
-
-
-def test_rows_leave_out_what_has_no_score_or_no_sound(spoken, samples):
-    queries, _, folder = spoken
-    responses, responses_dir = samples
-    verdicts = distill.judge_samples(_judge, queries, folder, responses, responses_dir)
-    assert len(read_jsonl(responses_dir / "verdicts.jsonl", Verdict)) == len(responses)
-    silent = [dataclasses.replace(responses[1], dur_s=0.0)]
-    given = [responses[0], *silent, *responses[2:]]
-    rows, root, left_out = distill.scored_rows(queries, folder, given, responses_dir, verdicts)
-    lost = 2 + sum(row.dur_s == 0 for row in responses[2:])
-    assert left_out == lost and len(rows) == len(responses) - lost
-    assert (root / rows[0]["answer"]).is_file() and 1 <= rows[0]["score"] <= 5
-
-
-def test_a_judge_that_loses_answers_is_refused(spoken, samples):
-    with pytest.raises(ValueError, match="verdicts"):
-        distill.judge_samples(lambda pairs: [], spoken[0], spoken[2], *samples)
+    given = [responses[0], dataclasses.replace(responses[1], dur_s=0.0), *responses[2:]]
+    rows, root, left_out = distill.scored_rows(queries, folder, given, folder, verdicts)
+    assert left_out == 2 and len(rows) == len(responses) - 2
+    assert (root / rows[0]["answer"]).is_file() and rows[0]["score"] == 3.0
 
 
 def test_held_out_sentences_are_held_out_whole():
