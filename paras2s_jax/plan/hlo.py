@@ -152,7 +152,7 @@ class Program:
         return runs
 
     def trips(self, computation: str, loop: Instruction) -> int:
-        """How often the body of a while runs at the most: the bound that its counter is held to.
+        """How often the body of a while runs at the most: the bound of its counter over its step.
 
         Loops count up from 0; one that may stop sooner (a rollout whose answers have all ended) is
         taken to go on to its bound.
@@ -164,16 +164,37 @@ class Program:
         if known:
             return int(known.group(1))
         condition = self.computations[loop.attribute("condition").lstrip("%")]
-        bounds = []
+        turns = []
         for test in condition.values():
             # A fusion in a condition holds the comparison.
             is_bound = test.attribute("direction") in ("LT", "GT") or test.opcode == "fusion"
             if is_bound:
+                step = max(self._step(condition, name, loop) for name in test.operands)
                 values = (self._constant(condition, n, computation, loop) for n in test.operands)
-                bounds += [value for value in values if value is not None and value > 0]
-        if not bounds:
+                turns += [-(-value // step) for value in values if value is not None and value > 0]
+        if not turns:
             raise ValueError(f"the loop {loop.name} has no constant bound")
-        return max(bounds)
+        return max(turns)
+
+    def _step(self, condition, name: str, loop: Instruction) -> int:
+        """What the body adds to an element of the state that the condition reads; 1 if unclear.
+
+        XLA unrolls the loops in which it overlaps a gather with a product: they count by twos.
+        """
+        read = condition.get(name)
+        if read is None or read.opcode != "get-tuple-element":
+            return 1
+        body = self.computations[loop.attribute("body").lstrip("%")]
+        state = next(reversed(body.values()))
+        index = int(read.attribute("index"))
+        if state.opcode != "tuple" or index >= len(state.operands):
+            return 1
+        added = body.get(state.operands[index])
+        if added is None or added.opcode != "add":
+            return 1
+        terms = (body[term] for term in added.operands if term in body)
+        found = [term.argument for term in terms if term.opcode == "constant"]
+        return max([int(text) for text in found if text.isdigit()], default=1)
 
     def _constant(self, inside, name: str, outside: str, loop: Instruction) -> int | None:
         """The integer that an instruction of a condition stands for, if it is one."""
@@ -208,13 +229,35 @@ class Program:
         )
 
     def collectives(self) -> list[Collective]:
-        """Every collective that runs."""
-        found = []
+        """Every collective that runs.
+
+        One that XLA:TPU cuts in pieces to hide it behind other work is written down in every
+        fusion that advances it, loops included, under one channel: it runs as often as the rarest.
+        """
+        found: list[Collective] = []
+        hidden: dict[tuple[str, str | None], Collective] = {}
         for name, instruction, times in self.instructions():
             opcode = instruction.opcode.removesuffix("-start")
-            if opcode in COLLECTIVES:
-                found.append(_collective(instruction, opcode, times, self.computations[name]))
-        return found
+            if opcode not in COLLECTIVES:
+                continue
+            made = _collective(instruction, opcode, times, self.computations[name])
+            channel = (opcode, instruction.attribute("channel_id"))
+            if name not in self.fused:
+                found.append(made)
+            elif channel not in hidden or made.times < hidden[channel].times:
+                hidden[channel] = made
+        return found + list(hidden.values())
+
+    @functools.cached_property
+    def fused(self) -> frozenset[str]:
+        """Computations that a fusion consists of."""
+        return frozenset(
+            called
+            for computation in self.computations.values()
+            for instruction in computation.values()
+            if instruction.opcode == "fusion"
+            for called in instruction.called
+        )
 
     def loop_bodies(self, name: str) -> list[str]:
         """Bodies of the loops whose op_name ends with `name`, outermost first."""

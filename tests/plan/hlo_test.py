@@ -106,3 +106,57 @@ def test_the_largest_logits_are_those_in_memory(program):
 def test_heads_brought_together_again_and_again(program):
     assert [c.times for c in reading.heads_gathered(program, 16 * 8 * 4)] == [384]
     assert reading.heads_gathered(program, 16 * 8 * 4 + 1) == []
+
+
+# A product overlapped with a gather of its factor: a loop that counts to 8 by twos, each turn of
+# which also advances a gather that belongs to the product after it.
+OVERLAPPED = """%gather_step (p0: bf16[4,8], p1: bf16[8,16]) -> bf16[4,16] {
+  %p0 = bf16[4,8]{1,0} parameter(0)
+  %p1 = bf16[8,16]{1,0} parameter(1)
+  %part = bf16[64,32]{1,0} all-gather(%p1), channel_id=7, GROUPS
+  ROOT %product = bf16[4,16]{1,0} convolution(%p0, %p1), dim_labels=bf_io->bf
+}
+
+%gather_end (p0: bf16[8,16]) -> bf16[64,32] {
+  %p0 = bf16[8,16]{1,0} parameter(0)
+  ROOT %rest = bf16[64,32]{1,0} all-gather(%p0), channel_id=7, GROUPS
+}
+
+%body (state: (bf16[4,8], bf16[8,16], s32[])) -> (bf16[4,8], bf16[8,16], s32[]) {
+  %state = (bf16[4,8]{1,0}, bf16[8,16]{1,0}, s32[]) parameter(0)
+  %x = bf16[4,8]{1,0} get-tuple-element(%state), index=0
+  %w = bf16[8,16]{1,0} get-tuple-element(%state), index=1
+  %i = s32[] get-tuple-element(%state), index=2
+  %moved = bf16[8,16]{1,0} collective-permute(%w), channel_id=9, source_target_pairs={{0,1},{1,0}}
+  %done = bf16[4,16]{1,0} fusion(%x, %moved), kind=kOutput, calls=%gather_step
+  %two = s32[] constant(2)
+  %next = s32[] add(%i, %two)
+  ROOT %out = (bf16[4,8]{1,0}, bf16[8,16]{1,0}, s32[]) tuple(%x, %moved, %next)
+}
+
+%condition (state: (bf16[4,8], bf16[8,16], s32[])) -> pred[] {
+  %state = (bf16[4,8]{1,0}, bf16[8,16]{1,0}, s32[]) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=2
+  %bound = s32[] constant(8)
+  ROOT %lt = pred[] compare(%i, %bound), direction=LT
+}
+
+ENTRY %main (p: bf16[4,8], w: bf16[8,16]) -> bf16[64,32] {
+  %p = bf16[4,8]{1,0} parameter(0)
+  %w = bf16[8,16]{1,0} parameter(1)
+  %zero = s32[] constant(0)
+  %start = (bf16[4,8]{1,0}, bf16[8,16]{1,0}, s32[]) tuple(%p, %w, %zero)
+  %loop = (bf16[4,8]{1,0}, bf16[8,16]{1,0}, s32[]) while(%start), condition=%condition, body=%body
+  ROOT %whole = bf16[64,32]{1,0} fusion(%w), kind=kLoop, calls=%gather_end
+}
+""".replace("GROUPS", "replica_groups=[4,16]<=[64], dimensions={0}")
+
+
+def test_loops_that_count_by_twos_and_hidden_collectives():
+    program = hlo.Program(OVERLAPPED)
+    assert program.runs["body"] == 4
+    assert program.flops() == 4 * 2 * 4 * 8 * 16
+    found = {c.opcode: c for c in program.collectives()}
+    assert (found["collective-permute"].times, len(found)) == (4, 2)
+    # One gather, though its pieces are written down in two places.
+    assert (found["all-gather"].times, found["all-gather"].wire_bytes) == (1, 15 / 16 * 64 * 32 * 2)
