@@ -4,7 +4,8 @@
 
 Two cores, minutes, under 6 GB of memory. The small pretrained parts (codec, recogniser, tone namer,
 tokenizers, tone-deaf base policy) come with the package; `configs/tiny.py:from_scratch` trains them
-first.
+first. `configs/tiny.py:quick` is the same recipe with less of everything: a few minutes, and a
+smaller effect.
 """
 
 import ml_collections
@@ -91,13 +92,14 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """Builds the config.
 
     Args:
-        arg: None for the packaged parts, "from_scratch" to train them too.
+        arg: None for the packaged parts, "from_scratch" to train them too, "quick" for a run of
+            some minutes.
 
     Raises:
         ValueError: any other arg.
     """
-    if arg not in (None, "", "from_scratch"):
-        raise ValueError(f"configs/tiny.py takes no argument or :from_scratch, not :{arg}.")
+    if arg not in (None, "", "from_scratch", "quick"):
+        raise ValueError(f"configs/tiny.py takes no argument, :from_scratch or :quick, not :{arg}.")
     c = ConfigDict()
     c.seed = 0
     # Devices: another mesh of the same ones may be given for decoding. topology: chips that
@@ -116,7 +118,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     # "" for what is spoken here, or a folder with queries.jsonl and demonstrations.jsonl.
     c.data = ConfigDict(dict(folder=""))
 
-    _add_parts(c, "train" if arg else "tiny")
+    _add_parts(c, "train" if arg == "from_scratch" else "tiny")
     _add_policy(c)
     _add_supervision(c)
     _add_reinforcement(c)
@@ -134,7 +136,33 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             sentences_in_report=4,
         )
     )
+    if arg == "quick":
+        _shorten(c)
     return c
+
+
+def _shorten(c: ConfigDict) -> None:
+    # Fewer voices and takes, fewer steps, one answer a query.
+    c.synthesize.sizes = ConfigDict(
+        dict(
+            sentences=0,
+            train_voices=2,
+            test_voices=1,
+            polytone_texts=30,
+            polytone_voices=4,
+            plain_takes=1,
+            contrary_takes=2,
+            answer_takes=0,
+            tone_texts=0,
+        )
+    )
+    c.polytone.recipe.update(num_steps=80, warmup_steps=10)
+    c.distill.update(num_queries=160, num_steps=120, warmup_steps=20)
+    c.grpo.update(num_steps=24, warmup_steps=4, lr=2e-4)
+    c.grpo.health.gap_every = 0
+    c.bench.update(
+        systems=("base", "sft", "grpo"), num_samples=1, num_probes=24, sentences_in_report=2
+    )
 
 
 def _add_parts(c: ConfigDict, source: str) -> None:

@@ -112,7 +112,7 @@ WRONG = [
     (["grpo", "--config=none/x.py"], "there is no config file 'none/x.py'."),
     (
         ["grpo", "--config=configs/tiny.py:nope"],
-        "configs/tiny.py takes no argument or :from_scratch, not :nope.",
+        "configs/tiny.py takes no argument, :from_scratch or :quick, not :nope.",
     ),
     (
         ["grpo", TINY, "--config.grpo.betta=0"],

@@ -12,7 +12,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # Data flows down this list; imports point up it.
 ORDER = (
     "audio", "data", "models", "convert", "train", "judge", "align", "bench", "stages", "plan",
-    "perf", "allocator", "cli",
+    "perf", "allocator", "cli", "notebook",
 )  # fmt: skip
 # The bench measures what align made, but must be usable without it.
 NEVER = {("bench", "align")}

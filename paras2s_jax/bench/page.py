@@ -55,6 +55,11 @@ def render(
     )
 
 
+def fragment(template: str, **values: object) -> str:
+    """HTML to put into another page, without style or script; text is escaped where it is used."""
+    return _ENVIRONMENT.get_template(template).render(**values)
+
+
 def write(path: Path, text: str) -> Path:
     """Writes a page atomically. Returns: its path."""
     path = Path(path)

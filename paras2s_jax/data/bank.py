@@ -9,7 +9,10 @@ import dataclasses
 import functools
 import json
 import re
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from paras2s_jax.data.records import DIMENSIONS
 
@@ -117,6 +120,33 @@ class Bank:
         texts += [text for answers in self.answers.values() for text in answers]
         texts += [row.answer for row in self.dialogues if row.split == split]
         return list(dict.fromkeys(texts))
+
+    def first(self, count: int) -> "Bank":
+        """The bank cut to so many sentences of each dimension and split; 0: all of it.
+
+        So many dialogues of each split, and leading texts of each value and split, too.
+        """
+        if not count:
+            return self
+
+        def cut(rows: Sequence, group: Callable[[Any], Hashable]) -> tuple:
+            return tuple(_first_of_each(rows, group, count))
+
+        return dataclasses.replace(
+            self,
+            sentences=cut(self.sentences, lambda row: (row.dimension, row.split)),
+            dialogues=cut(self.dialogues, lambda row: row.split),
+            leading=cut(self.leading, lambda row: (row.attribute, row.value, row.split)),
+        )
+
+
+def _first_of_each(rows: Sequence, group: Callable[[Any], Hashable], count: int) -> Iterator:
+    """The first `count` rows of each group, in their order."""
+    seen = Counter()
+    for row in rows:
+        seen[group(row)] += 1
+        if seen[group(row)] <= count:
+            yield row
 
 
 def has_cue(text: str, cues: tuple[str, ...]) -> bool:

@@ -23,6 +23,7 @@ from paras2s_jax.data.speaking import ESPEAK, Clip, Maker, rng_of, speak
 class Sizes:
     """How much to speak.
 
+    sentences: see `Bank.first`; 0: all.
     train_voices, test_voices: per sentence and style, also per neutral dialogue.
     polytone_texts, polytone_voices: per attribute, each text in both styles by each voice; half
       of the texts are neutral, half suggest a style.
@@ -31,6 +32,7 @@ class Sizes:
     tone_texts: train texts spoken in all tones; a third as many test texts.
     """
 
+    sentences: int = 0
     train_voices: int = 4
     test_voices: int = 2
     polytone_texts: int = 60
@@ -209,7 +211,7 @@ def run(
     Returns: figures "<file>/clips" and "<file>/minutes", "total/…", and "made/clips" (new wavs).
     """
     out_dir = Path(out_dir)
-    bank = bank or load_bank()
+    bank = (bank or load_bank()).first(sizes.sentences)
     plans = {"queries": plan_queries(bank, seed, sizes)}
     queries = [clip.row for clip in plans["queries"]]
     train = [query for query in queries if query.split == "train"]

@@ -178,6 +178,19 @@ COMMANDS: dict[str, Command] = {
             Lazy("paras2s_jax.stages.respond", "run"),
         ),
         Command(
+            "queries",
+            "the built-in queries as wavs, to ask a voice model that `judge` is to judge",
+            (
+                Flag("output", "gets queries.jsonl and the wavs it names", argument="target"),
+                Flag("split", "of the bank", "test", choices=("train", "test")),
+                Flag("voices", "per sentence and style", 2, int),
+                Flag("sentences", "of each dimension; 0: all", 0, int),
+                Flag("seed", "of voices and deliveries", 0, int),
+                Flag("examples", "also answers of two made-up systems", False, bool),
+            ),
+            Lazy("paras2s_jax.stages.queries", "run"),
+        ),
+        Command(
             "judge",
             "any voice model: what it answers, judged, tabled, and shown on a page",
             (

@@ -53,6 +53,11 @@ def make_judge(config: ConfigDict, workdir: Path, *, progress: bool = True) -> J
     )
 
 
+def is_told_styles(config: ConfigDict) -> bool:
+    """Whether no dimension has an analyzer, so that the queries' labels are taken as true."""
+    return not any(config.judge.analyzers.values())
+
+
 def make_transcriber(config: ConfigDict, workdir: Path) -> Transcriber:
     """The recogniser alone; see make_judge."""
     c = config.judge

@@ -159,7 +159,7 @@ def finish(
         "stage": name,
         "config": config,
         "commit": commit,
-        "device": _device(),
+        "device": device(),
         "wall_s": round(time.monotonic() - started, 1),
         "peak_rss_gb": _peak_rss_gb(),
         "figures": _figures_for_json(figures),
@@ -295,7 +295,8 @@ def _distributed():
 
 
 @functools.cache
-def _device() -> str:
+def device() -> str:
+    """What JAX computes on here, as in "8 x TPU v5 lite (tpu)"."""
     # Imported here so that `--help` and a wrong flag are answered at once.
     import jax
 

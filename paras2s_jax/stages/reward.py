@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from paras2s_jax.models.sampling import Sampling
 from paras2s_jax.models.whisper_layers import WhisperConfig
 from paras2s_jax.stages import audio_lm
 from paras2s_jax.stages.assembly import Assembly, assemble, folder_digest, policy_folder
-from paras2s_jax.stages.judging import given_verdicts, make_judge
+from paras2s_jax.stages.judging import given_verdicts, is_told_styles, make_judge
 from paras2s_jax.stages.policy import checkpointer_of, optimizer_of
 from paras2s_jax.stages.speech import TEXT_FILE, asr_encoder, data_dir, parts_dir, queries_of
 from paras2s_jax.train import distributed
@@ -197,7 +198,8 @@ def _judge(
 
     def judge() -> None:
         chain, root = make_judge(config, workdir), data_dir(config, workdir)
-        judge_samples(chain.judge, queries, root, answers, samples)
+        judge_them = functools.partial(chain.judge, use_labels=is_told_styles(config))
+        judge_samples(judge_them, queries, root, answers, samples)
 
     distributed.on_main("verdicts", judge)
     return answers, read_jsonl(samples / "verdicts.jsonl", Verdict)

@@ -118,3 +118,16 @@ def test_cues_are_whole_words():
     assert not has_cue("what a hat", ("ha",))
     assert not has_cue("bad that", ("that bad",))
     assert has_cue("Yes, ma'am.", ("ma'am",))
+
+
+def test_the_first_of_each_group():
+    bank = load_bank()
+    small = bank.first(2)
+    assert bank.first(0) is bank
+    counts = Counter((row.dimension, row.split) for row in small.sentences)
+    assert counts == {(name, split): 2 for name in DIMENSIONS for split in ("train", "test")}
+    for dimension in DIMENSIONS:
+        assert small.of("test", dimension) == bank.of("test", dimension)[:2]
+    assert Counter(row.split for row in small.dialogues) == {"train": 2, "test": 2}
+    assert set(Counter((row.value, row.split) for row in small.leading).values()) == {2}
+    assert small.answers is bank.answers

@@ -75,6 +75,7 @@ def test_the_base_of_a_released_policy_is_not_trained(load_config, tmp_path):
 
 def test_the_config_refuses_an_argument_it_does_not_know(load_config):
     assert load_config("tiny", "from_scratch").pretrain.source == "train"
+    assert load_config("tiny", "quick").pretrain.source == "tiny"
     with pytest.raises(ValueError, match="nope"):
         load_config("tiny", "nope")
 
