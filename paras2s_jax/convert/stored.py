@@ -114,7 +114,8 @@ def load_params(
 
 def saved_shapes(directory: str | os.PathLike) -> Any:
     """Tree of array metadata (shape, dtype) of one saved item."""
-    return ocp.StandardCheckpointHandler().metadata(epath.Path(directory)).tree
+    directory = epath.Path(directory).resolve()  # Orbax takes no relative ones.
+    return ocp.StandardCheckpointHandler().metadata(directory).tree
 
 
 def saved_meta(directory: str | os.PathLike) -> dict[str, Any]:

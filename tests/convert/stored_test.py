@@ -33,6 +33,14 @@ def mesh_of_two():
     return jax.make_mesh((2,), ("fsdp",), devices=jax.devices()[:2])
 
 
+def test_a_relative_folder(tmp_path, monkeypatch):
+    save_params(tmp_path / "p", VARIABLES, {"vocab": 512})
+    monkeypatch.chdir(tmp_path)
+    assert_same(load_params("p")[0], VARIABLES)
+    found = stored.saved_shapes("p/variables")
+    assert found["params"]["kernel"].shape == VARIABLES["params"]["kernel"].shape
+
+
 def test_params_with_meta(tmp_path):
     save_params(tmp_path / "p", VARIABLES, {"vocab": 512})
     save_params(tmp_path / "p", VARIABLES, {"vocab": 513})

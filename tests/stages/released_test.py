@@ -2,6 +2,7 @@
 
 import json
 import math
+import pathlib
 import shutil
 
 import jax
@@ -24,15 +25,6 @@ STEPS = 14
 QUERIES, PROMPTS, GROUP = 4, 2, 4
 GREEDY = Sampling(0.0)
 ONE = {"data": 1, "fsdp": 1, "tensor": 1}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """As the command line does: programs of a run are compiled once for all its stages."""
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    yield
-    jax.config.update("jax_compilation_cache_dir", before)
 
 
 @pytest.fixture(scope="module")
@@ -172,11 +164,13 @@ def equal(a, b):
 
 @pytest.fixture(scope="module")
 def run(load_config, converted, omni, data, tmp_path_factory):
-    """A whole run on one device, all weights of the policy trained."""
+    """A whole run on one device, all weights trained; its folder is a relative one."""
     workdir = tmp_path_factory.mktemp("run")
     verdicts = workdir / "verdicts.jsonl"
     config = shrunk(load_config, converted, omni, data, verdicts, lora=False)
-    train(config, workdir, verdicts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(workdir.parent)
+        train(config, pathlib.Path(workdir.name), verdicts)
     return workdir
 
 
