@@ -26,7 +26,7 @@ DEFAULT = "v5p-4x4x4"
 # over data, and all their answers over data x fsdp; 28 query heads, 4 key heads, a hidden width of
 # 2^9 * 37 and a vocabulary of 2^9 * 329 over the tensor axis of training.
 TOPOLOGIES = {
-    "v5e-8x8": dict(mesh=(8, 2, 4), decode_mesh=(2, 8, 4), accum=4),
+    "v5e-8x8": dict(mesh=(8, 2, 4), decode_mesh=(2, 8, 4), accum=2),
     "v5e-16x16": dict(mesh=(32, 2, 4), decode_mesh=(4, 16, 4), accum=1),
     "v5p-4x4x4": dict(mesh=(1, 16, 4), decode_mesh=(2, 8, 4), accum=1),
     "v6e-8x8": dict(mesh=(1, 16, 4), decode_mesh=(2, 8, 4), accum=1),

@@ -179,7 +179,7 @@ def _spread(run, q, k, v, segments):
     XLA cannot split a Pallas kernel by itself.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if mesh.empty or mesh.are_all_axes_manual:
         return run(q, k, v, segment_ids=segments)
     spec = nn.logical_to_mesh_axes(HEADS_AXES) or (None,) * 4
     spec = PartitionSpec(*(a if _divides(mesh, a, n) else None for a, n in zip(spec, q.shape)))

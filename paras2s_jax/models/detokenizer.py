@@ -26,6 +26,7 @@ from paras2s_jax.models.detokenizer_chunks import (
     window_plan,
 )
 from paras2s_jax.models.flow_matching import CACHE_TIME, FRAMES_PER_CODE, FlowMatchingDiT, euler
+from paras2s_jax.models.placement import on_every_device
 
 VOICE_CHUNK = 150  # Frames of a voice prompt that go through the network at one time,
 MAX_VOICE_CHUNKS = 10  # so often; what is left comes first, in one piece.
@@ -44,8 +45,8 @@ class FlowMatchingDetokenizer(struct.PyTreeNode):
       once: less work (no code is solved twice) and all frames see each other, but farther than
       the released network was made to look; at most dit.config.max_seq_len frames.
     ode_steps, ode_solver: see flow_matching.time_points.
-    rows_at_once: how many answers `decode` takes at a time, the longest first, so that short ones
-      are done when the longest of their own batch is; None: all.
+    rows_at_once: how many answers a device takes at a time in `decode`, the longest first, so that
+      short ones are done when the longest of their own batch is; None: all.
     """
 
     dit_params: Any
@@ -129,16 +130,19 @@ class FlowMatchingDetokenizer(struct.PyTreeNode):
             louder, as in the release, and may exceed 1.
           lens: int32[B], len_codes * samples_per_code.
         """
-        keys = row_keys(rng, codes.shape[0])
         num_mels = self.dit.config.input_size
 
-        def some(rows):
-            codes, len_codes, keys = rows
-            return self.render(
-                codes, len_codes, lambda number, size: draw_noise(keys, number, size, num_mels)
-            )[1:]
+        def of_device(self, rows):
+            def some(rows):
+                codes, len_codes, keys = rows
+                return self.render(
+                    codes, len_codes, lambda number, size: draw_noise(keys, number, size, num_mels)
+                )[1:]
 
-        return by_length(some, len_codes, (codes, len_codes, keys), self.rows_at_once)
+            return by_length(some, rows[1], rows, self.rows_at_once)
+
+        keys = row_keys(rng, codes.shape[0])
+        return on_every_device(of_device, self, (codes, len_codes, keys))
 
     def render(self, codes: jax.Array, len_codes: jax.Array, noise: NoiseSource):
         """As `decode`, with given noise. Returns: (mel float32[B, 4 * S, M], waves, lens)."""

@@ -11,7 +11,8 @@ from flax import struct
 from paras2s_jax.models import axes
 from paras2s_jax.models.flow_matching import FRAMES_PER_CODE
 
-WINDOW_GROWTH = 4  # Of the prefix from one run of chunks to the next.
+# Of the prefix from one run of chunks to the next: enough that the release's chunks are one run.
+WINDOW_GROWTH = 16
 
 
 class Prefix(struct.PyTreeNode):

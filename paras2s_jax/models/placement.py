@@ -5,7 +5,7 @@ the first one that does.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -41,6 +41,30 @@ def active_spec(shape: Sequence[int], names: Names) -> PartitionSpec:
     """What the active rules say of an array of this shape."""
     mesh = jax.sharding.get_abstract_mesh()
     return _divisible(shape, nn.logical_to_mesh_axes(tuple(names)), mesh.shape)
+
+
+def on_every_device(function: Callable, shared: Any, rows: Any) -> Any:
+    """function(shared, rows) on every device of the active mesh, on its part of the rows alone.
+
+    For work that needs no other rows and whose weights a device can hold: they are gathered once,
+    and no loop waits for other devices. Without a mesh or rules, a plain call.
+    shared: whole on every device. rows, and what the function returns: trees of [B, …], spread over
+    as many axes of the mesh as divide B.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.are_all_axes_manual or not nn.get_logical_axis_rules():
+        return function(shared, rows)
+    names = dividing(mesh.axis_names, len(jax.tree.leaves(rows)[0]), mesh.shape)
+
+    def local(shared, rows):
+        with nn.logical_axis_rules(()):  # There is nothing left to be spread.
+            return function(shared, rows)
+
+    spread = PartitionSpec(names or None)
+    run = jax.shard_map(
+        local, in_specs=(PartitionSpec(), spread), out_specs=spread, check_vma=False
+    )
+    return run(shared, rows)
 
 
 def unbox(tree: Any) -> Any:

@@ -1,6 +1,6 @@
 """What compiled programs hold, copy and exchange: the decode loop and the update, on a slice.
 
-Full width, few layers: loops over layers have one body, however many layers there are.
+Full width; loops over layers have one body, however many layers there are, so that few will do.
 """
 
 import math
@@ -13,19 +13,28 @@ from paras2s_jax.models import axes
 from paras2s_jax.models.placement import axes_of, dividing
 from paras2s_jax.plan import aot, hlo, reading
 from paras2s_jax.plan.counts import kv_bytes_per_token, num_layers
-from paras2s_jax.plan.hardware import topology_of
+from paras2s_jax.plan.hardware import PlanError, topology_of
 from paras2s_jax.plan.sizes import sizes_of
 from paras2s_jax.plan.work import prompt_tokens
 from paras2s_jax.stages.registry import Figures
 
 UNITS = {"float32": 4, "bfloat16": 2}
+PHASES = ("rollout", "update")
 
 
-def run(config: ConfigDict, layers: int = 2) -> Figures:
-    """Compiles both programs for the config's topology and reads them.
+def run(config: ConfigDict, layers: int = 2, plan: str = "") -> Figures:
+    """Reads both programs as they were compiled for the config's topology.
+
+    plan: folder in which `paras2s compile` left them (WORKDIR/plan/grpo), of any size; its own
+    config holds. Without it they are compiled here, of so many layers in each stack.
 
     Returns: plan/decode/* and plan/update/*, see `read_decode` and `read_update`.
+
+    Raises:
+        PlanError: there is no compiler, or the folder lacks one of the programs.
     """
+    if plan:
+        return _read(aot.read_config(_existing(Path(plan))), Path(plan))
     config = shallow(config, layers) if layers else config
     topology = topology_of(config.topology)
     aot.check_compiler(topology)
@@ -33,12 +42,31 @@ def run(config: ConfigDict, layers: int = 2) -> Figures:
         folder = Path(scratch)
         aot.write_config(config, folder)
         job = {"stage": "grpo", "topology": topology.name, "num_devices": topology.num_chips}
-        found = {}
-        for phase in ("rollout", "update"):
+        for phase in PHASES:
             aot.run_worker(folder / phase, job | {"phase": phase}, dump=True)
-            made = aot.Compiled.load(folder / phase / aot.COMPILED)
-            found[phase] = (made, hlo.Program.load(aot.dumped(folder / phase / "hlo")))
-        return read_decode(config, *found["rollout"]) | read_update(config, *found["update"])
+        return _read(config, folder)
+
+
+def _existing(folder: Path) -> Path:
+    """A folder that holds both programs."""
+    lacking = [name for name in PHASES if not (folder / name / aot.COMPILED).exists()]
+    if lacking:
+        raise PlanError(
+            f"{folder} holds no compiled {lacking[0]}: make it with paras2s compile "
+            f"--stage=grpo --phases={','.join(PHASES)}, and name WORKDIR/plan/grpo."
+        )
+    return folder
+
+
+def _read(config: ConfigDict, folder: Path) -> Figures:
+    rollout, update = (
+        (
+            aot.Compiled.load(folder / phase / aot.COMPILED),
+            hlo.Program.load(aot.dumped(folder / phase / "hlo")),
+        )
+        for phase in PHASES
+    )
+    return read_decode(config, *rollout) | read_update(config, *update)
 
 
 def shallow(config: ConfigDict, layers: int) -> ConfigDict:
@@ -104,7 +132,8 @@ def read_update(config: ConfigDict, made: aot.Compiled, program: hlo.Program) ->
     """Of the update.
 
     logits_over_chunk: float32 rows of logits in one array on one device, in units of a chunk's;
-    head_gathers: how often a head is brought together in a step, at the most.
+    head_gathers: how often one gather of a head runs in a micro-batch, at the most: once, or once
+    per chunk.
     """
     c, mesh = sizes_of(config).policy, config.mesh
     columns = [c.vocab_size, c.vocab_size // mesh.tensor]
@@ -112,7 +141,8 @@ def read_update(config: ConfigDict, made: aot.Compiled, program: hlo.Program) ->
     widths = [c.hidden_size // size for size in (1, mesh.data, mesh.fsdp, ways)]
     rows = reading.largest_logits(program, columns, widths)
     head = c.vocab_size * c.hidden_size * UNITS[config.policy.dtype] // mesh.tensor
-    gathers = [found.times for found in reading.heads_gathered(program, head)]
+    found = reading.heads_gathered(program, head)
+    gathers = [gather.times / config.grpo.accum_steps for gather in found]
     return {
         "plan/update/logits_over_chunk": rows / (config.policy.logp_chunk / ways),
         "plan/update/head_gathers": max(gathers, default=0.0),

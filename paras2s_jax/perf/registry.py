@@ -93,7 +93,10 @@ MEASURES: dict[str, Command] = {
         Command(
             "plan",
             "decode loop and update as compiled for a slice, of few layers: copies, collectives",
-            (Flag("layers", "of each of three stacks; 0: as many as the config says", 2, int),),
+            (
+                Flag("layers", "of each of three stacks; 0: as many as the config says", 2, int),
+                Flag("plan", "reads what compile left in WORKDIR/plan/grpo instead", ""),
+            ),
             Lazy("paras2s_jax.perf.plan", "run"),
             takes_config=True,
         ),

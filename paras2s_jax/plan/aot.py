@@ -79,10 +79,13 @@ class Compiled:
         return cls(memory=memory and Memory(**memory), **values)
 
 
-def write_config(config: ConfigDict, folder: Path) -> None:
-    """Keeps a config for workers; its sequences are tuples."""
+def write_config(config: ConfigDict, folder: Path) -> bool:
+    """Keeps a config for workers, its sequences as tuples. Returns: whether it lay there before."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(json.dumps(config.to_dict(), indent=1))
+    path, text = folder / CONFIG, json.dumps(config.to_dict(), indent=1)
+    is_known = path.exists() and path.read_text() == text
+    path.write_text(text)
+    return is_known
 
 
 def read_config(folder: Path) -> ConfigDict:

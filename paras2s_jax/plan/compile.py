@@ -48,6 +48,7 @@ def run(
     efficiency: float = 0.4,
     chip_hour_price: float = 0.0,
     judge_price: float = 0.0,
+    reuse: bool = False,
 ) -> Figures:
     """Plans a stage, writes WORKDIR/plan/STAGE/{plan.json, memory.svg, summary.json}, prints it.
 
@@ -59,7 +60,8 @@ def run(
     commit, started = source_commit(), time.monotonic()
     topology = _topology(config)
     folder = Path(workdir) / "plan" / stage
-    plans = make(config, stage, topology, folder, [name for name in phases.split(",") if name])
+    only = [name for name in phases.split(",") if name]
+    plans = make(config, stage, topology, folder, only, reuse)
     totals = total(config, stage, topology, plans, efficiency, chip_hour_price, judge_price)
     title = f"{stage} on {topology.name}"
     print_plan(title, plans, totals)
@@ -88,17 +90,23 @@ def _topology(config: ConfigDict) -> Topology:
 
 
 def make(
-    config: ConfigDict, stage: str, topology: Topology, folder: Path, only: Sequence[str] = ()
+    config: ConfigDict,
+    stage: str,
+    topology: Topology,
+    folder: Path,
+    only: Sequence[str] = (),
+    reuse: bool = False,
 ) -> list[PhasePlan]:
     """Compiles, or for chips without a compiler counts, every phase of a stage's step.
 
-    only: names of the phases to compile; the others are left out.
+    only: names of the phases to compile; the others are left out. reuse: whether phases that were
+    compiled in this folder before, with the same config, are taken as they are.
 
     Raises:
         PlanError: there is no compiler, no such phase, or a program does not compile.
     """
     aot.check_compiler(topology)
-    aot.write_config(config, folder)
+    reuse = aot.write_config(config, folder) and reuse
     job = {"stage": stage, "topology": topology.name, "num_devices": topology.num_chips}
     aot.run_worker(folder / "describe", job | {"phase": None})
     described = json.loads((folder / "describe" / DESCRIBED).read_text())
@@ -117,7 +125,8 @@ def make(
             made = counted.count(stage, phase, sizes, shape, config.policy.logp_chunk)
         else:
             place = folder / phase.phase
-            aot.run_worker(place, job | {"phase": phase.phase}, dump=True)
+            if not (reuse and (place / COMPILED).exists()):
+                aot.run_worker(place, job | {"phase": phase.phase}, dump=True)
             made = Compiled.load(place / COMPILED)
         plans.append(PhasePlan(made, work.PHASES[stage][phase.phase](sizes, shape), topology))
     return plans

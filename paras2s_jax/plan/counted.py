@@ -90,8 +90,13 @@ def temporaries(stage: str, phase: str, sizes: Sizes, s: Shape, chunk: int | Non
         c = sizes.vocoder
         samples = s.rows / s.devices * 4 * s.answer * c.hop_size
         width = c.channels(len(c.upsample_rates)) * len(c.resblock_kernel_sizes)
-        return 4 * BF16 * samples * width
+        return 4 * BF16 * samples * width + _spoken(sizes)
     return 0.0
+
+
+def _spoken(sizes: Sizes) -> float:
+    """Bytes of the detokenizer, which speaks from weights that every device holds."""
+    return BF16 * (counts.dit_params(sizes.dit) + counts.vocoder_params(sizes.vocoder))
 
 
 def wire_bytes(stage: str, phase: str, sizes: Sizes, s: Shape) -> float:
@@ -104,7 +109,6 @@ def wire_bytes(stage: str, phase: str, sizes: Sizes, s: Shape) -> float:
         weights = reward if stage == "distill" else policy
         passes = 3 if s.remat == "full" else 2
         return s.accum_steps * (passes * weights + FP32 * s.trained_params * share)
-    spoken = counts.dit_params(sizes.dit) + counts.vocoder_params(sizes.vocoder)
     heard = counts.encoder_params(sizes.encoder)
     return {
         "reshard": BF16 * counts.kimi_params(sizes.policy) / s.decode_tensor * (ways - 1) / ways,
@@ -112,7 +116,7 @@ def wire_bytes(stage: str, phase: str, sizes: Sizes, s: Shape) -> float:
         "reference": s.accum_steps * policy,
         "hear": BF16 * heard * share,
         "prepare": BF16 * heard * share,
-        "speak": BF16 * spoken * share,
+        "speak": _spoken(sizes) * (s.devices - 1) / s.devices,
     }.get(phase, 0.0)
 
 

@@ -9,6 +9,8 @@ from paras2s_jax.models.kimi_layout import STACKS
 from paras2s_jax.plan.hlo import COPIES, Collective, Instruction, Program
 
 GATHERS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all")
+# In training, models/vocab.py gathers the heads by itself.
+_OF_HEAD = re.compile(r"(text|audio)_head|_logits|shard_map/all_gather$")
 
 
 def within(program: Program, computation: str) -> set[str]:
@@ -98,15 +100,14 @@ def largest_logits(program: Program, vocab_sizes: Sequence[int], widths: Sequenc
 
 
 def heads_gathered(program: Program, head_bytes: int) -> list[Collective]:
-    """Collectives that bring a head together more often than once in a pass.
+    """Collectives that bring a whole head together.
 
     head_bytes: of a head as one device multiplies with it.
     """
     return [
         found
         for found in program.collectives()
-        if re.search(r"(text|audio)_head|_logits", found.op_name)
+        if _OF_HEAD.search(found.op_name)
         and found.opcode in ("all-gather", "all-reduce")
         and found.num_bytes >= head_bytes
-        and found.times > 1
     ]

@@ -126,14 +126,14 @@ def rollout(sizes: Sizes, s: Shape) -> Phase:
 
 
 def speak(sizes: Sizes, s: Shape) -> Phase:
-    """Codes of all answers -> mel frames -> waves."""
+    """Codes of all answers -> mel frames -> waves; every device has all weights, and reads them."""
     evaluations = len(time_points(s.ode_steps, "neural_ode_euler")[0])
     flops = counts.solve_flops(sizes.dit, s.rows, s.answer, evaluations, s.chunks)
     windows = [s.answer] if s.chunks is None else [n for n, _ in s.chunks.windows(s.answer)]
     frames = FRAMES_PER_CODE * sum(windows)
     flops += counts.vocoder_flops(sizes.vocoder, s.rows, frames)
     weights = evaluations * counts.dit_params(sizes.dit) + counts.vocoder_params(sizes.vocoder)
-    return Phase(flops, len(windows) * BF16 * weights / s.tensor)
+    return Phase(flops, len(windows) * BF16 * weights)
 
 
 def reward(sizes: Sizes, s: Shape) -> Phase:

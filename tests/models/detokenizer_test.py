@@ -219,6 +219,21 @@ def test_decode_does_not_depend_on_padding_or_neighbours(small, chunked):
     assert np.any(again[0] != waves[0])
 
 
+def test_every_device_speaks_its_own_rows(small):
+    codes = np.random.default_rng(0).integers(0, 32, (4, 15)).astype(np.int32)
+    lens, keys = np.array([15, 9, 13, 4]), jax.random.split(jax.random.key(3), 4)
+    waves, _ = decode(small, codes, lens, keys)
+    kinds = (jax.sharding.AxisType.Auto,) * 3
+    mesh = jax.make_mesh((2, 1, 2), ("data", "fsdp", "tensor"), axis_types=kinds)
+    with jax.set_mesh(mesh), nn.logical_axis_rules((("act_batch", "data"), ("mlp", "tensor"))):
+        run = jax.jit(FlowMatchingDetokenizer.decode)
+        apart, _ = run(small, codes, lens, keys)
+        text = run.lower(small, codes, lens, keys).as_text()
+    assert apart.sharding.shard_shape(apart.shape)[0] == 1
+    np.testing.assert_allclose(apart, waves, atol=WAV_ATOL)
+    assert "all_reduce" not in text
+
+
 def test_bfloat16_is_near_float32(parts, io):
     dit, params, vocoder, vocoder_params = parts
     half = [m.clone(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16) for m in (dit, vocoder)]
@@ -291,10 +306,12 @@ def test_prefixes_are_as_long_as_what_they_hold():
     # 72 frames before chunk 1, 120 more before each later one. 2: 192 before the last.
     assert window_plan(1, 72, 120, 900) == [(1, 2, 72)]
     assert window_plan(2, 72, 120, 900) == [(1, 3, 192)]
-    # 288 = 4 * 72 holds chunk 1 and what it adds; 192 * 4 holds 672 before chunk 6, but not 792.
-    assert window_plan(12, 72, 120, 900) == [(1, 2, 288), (2, 6, 768), (6, 13, 900)]
-    # Of little that grows fast, the next chunk's: 4 + 40.
-    assert window_plan(3, 4, 40, 50) == [(1, 2, 44), (2, 4, 50)]
+    # 16 * 72 is more than is ever kept: all later chunks of the release are one run.
+    assert window_plan(12, 72, 120, 900) == [(1, 13, 900)]
+    # 64 = 16 * 4 holds the 44 before chunk 2, but not the 84 before chunk 3.
+    assert window_plan(4, 4, 40, 100) == [(1, 2, 64), (2, 5, 100)]
+    # Of little that grows fast, the next chunk's: 1 + 40.
+    assert window_plan(3, 1, 40, 50) == [(1, 2, 41), (2, 4, 50)]
 
 
 def test_cross_fade_by_hand():

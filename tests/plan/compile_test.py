@@ -1,3 +1,5 @@
+import dataclasses
+import functools
 import json
 import runpy
 from pathlib import Path
@@ -52,6 +54,11 @@ def test_a_few_layers_are_planned_without_a_chip(config, tmp_path):
     assert 0.9 < plan.executed_ratio < 1.1
 
 
+def test_a_plan_without_its_programs_is_not_read(config, tmp_path):
+    with pytest.raises(PlanError, match=r"holds no compiled rollout: .*--phases=rollout,update"):
+        perf_plan.run(config, plan=str(tmp_path))
+
+
 def test_gpus_are_planned_by_counting(config, tmp_path):
     config.topology = "h100-8"
     for name in ("mesh", "decode_mesh"):
@@ -66,6 +73,30 @@ def test_gpus_are_planned_by_counting(config, tmp_path):
     assert totals["step_s"] == pytest.approx(totals["floor_s"] / 0.4)
     assert "judge_cost" not in totals
     assert (tmp_path / "plan" / "grpo" / compile.CHART).read_text().startswith("<svg")
+
+
+def test_phases_compiled_before_are_taken_as_they_are(config, tmp_path, monkeypatch):
+    ran = []
+
+    def run_worker(folder, job, dump=False):
+        ran.append(job["phase"])
+        folder.mkdir(parents=True, exist_ok=True)
+        made = dataclasses.asdict(aot.Compiled(job["phase"], None, {}, {}))
+        (folder / aot.COMPILED).write_text(json.dumps(made))
+        described = {"trained_params": 1, "phases": [made | {"phase": "hear"}]}
+        (folder / aot.DESCRIBED).write_text(json.dumps(described))
+
+    monkeypatch.setattr(aot, "run_worker", run_worker)
+    monkeypatch.setattr(aot, "check_compiler", lambda _: None)
+    plan = functools.partial(compile.make, stage="grpo", folder=tmp_path)
+    plan(config, topology=topology_of("v5e-2x2"), reuse=True)
+    plan(config, topology=topology_of("v5e-2x2"), reuse=True)
+    assert ran == [None, "hear", None]
+    # Another config, or not asked for.
+    plan(config, topology=topology_of("v5e-2x2"))
+    config.policy.max_steps = 32
+    plan(config, topology=topology_of("v5e-2x2"), reuse=True)
+    assert ran[3:] == [None, "hear"] * 2
 
 
 def test_a_plan_that_does_not_fit_is_refused(config, tmp_path, monkeypatch):

@@ -106,6 +106,8 @@ def test_the_largest_logits_are_those_in_memory(program):
 def test_heads_brought_together_again_and_again(program):
     assert [c.times for c in reading.heads_gathered(program, 16 * 8 * 4)] == [384]
     assert reading.heads_gathered(program, 16 * 8 * 4 + 1) == []
+    by_hand = PROGRAM.replace("jit(rollout)/while/body/text_head", "jvp()/shard_map/all_gather")
+    assert len(reading.heads_gathered(hlo.Program(by_hand), 16 * 8 * 4)) == 1
 
 
 # A product overlapped with a gather of its factor: a loop that counts to 8 by twos, each turn of
