@@ -8,6 +8,7 @@ chooses the judge:
     offline   what comes with the package, free: knows the packaged bank and its voices only
     open      released models on this machine: Whisper, Qwen2-Audio, Qwen2.5; free, wants a GPU
     hosted    as open, but scored by a hosted language model: set $OPENAI_API_KEY
+    reward    a reward model that was distilled here (`judge.reward.folder`): hears both waveforms
 
 Styles are taken from the queries' labels, unless analyzers are given (`judge.analyzers`).
 """
@@ -30,6 +31,7 @@ JUDGES = {
     "offline": {},
     "open": _RELEASED | dict(scorer="local"),
     "hosted": _RELEASED | dict(scorer="endpoint", num_repeats=3, temperature=0.7),
+    "reward": dict(scorer="reward"),
 }
 
 
@@ -48,13 +50,15 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     c = ConfigDict()
     c.seed = 0
     c.judge = _TINY["judge"](analyzers=_WITHOUT_ANALYZERS, **JUDGES[arg])
+    # Of the scorer "reward": as in the config that distilled it.
+    c.distill = ConfigDict(dict(model=_TINY["reward_model"]()))
     c.system = system()
     # Small parts of the offline judge, and the voice of the probes.
     c.pretrain = ConfigDict(dict(source="tiny"))
     c.synthesize = ConfigDict(dict(synthesizer="espeak", options={}))
     c.bench = ConfigDict(
         dict(
-            use_labels=arg == "offline" or not any(c.judge.analyzers.values()),
+            use_labels=False,  # although analyzers are given
             num_resamples=2000,
             num_probes=60,  # queries of the judge card
             num_rated_pairs=60,
@@ -75,18 +79,7 @@ def system() -> ConfigDict:
             kind="folder",
             source="",  # of folder, recorded and checkpoint
             num_samples=1,
-            endpoint=dict(
-                base_url="https://api.openai.com/v1",
-                model="gpt-audio",
-                api_key_env="OPENAI_API_KEY",
-                concurrency=4,
-                requests_per_minute=0.0,
-                timeout_s=120.0,
-                max_retries=5,
-                usd_per_million_in=0.0,
-                usd_per_million_out=0.0,
-                usd_cap=0.0,
-            ),
+            endpoint=_TINY["audio_endpoint"](),
             instructions="You are a friendly voice assistant. Answer in one or two sentences.",
             voice="alloy",
             synthesizer="espeak",

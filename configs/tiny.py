@@ -48,42 +48,88 @@ def whisper(**fields) -> ConfigDict:
     return ConfigDict(base | fields)
 
 
+def endpoint(**fields) -> ConfigDict:
+    """An OpenAI-compatible server; see data/endpoint.py."""
+    base = dict(
+        base_url="https://api.openai.com/v1",
+        model="gpt-4.1",
+        api_key_env="OPENAI_API_KEY",
+        concurrency=8,
+        requests_per_minute=0.0,  # 0: no limit
+        timeout_s=60.0,
+        max_retries=5,
+        usd_per_million_in=0.0,
+        usd_per_million_out=0.0,
+        usd_cap=0.0,  # of one run; 0: none
+    )
+    return ConfigDict(base | fields)
+
+
+def audio_endpoint(**fields) -> ConfigDict:
+    """One that hears, or speaks: slower."""
+    return endpoint(**dict(model="gpt-audio", concurrency=4, timeout_s=120.0) | fields)
+
+
+def reward_model() -> ConfigDict:
+    """A small audio language model around the recogniser's encoder."""
+    return ConfigDict(
+        dict(
+            checkpoint="",  # from scratch, or the folder of a released one
+            family="qwen2_audio",  # or qwen2_5_omni, which hears in windows
+            audio=dict(n_window=100),  # half a window of the latter, in mel frames
+            text=dict(
+                hidden_size=96,
+                intermediate_size=256,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                rope_theta=10_000.0,
+            ),
+            lora_rank=16,
+            lora_alpha=32.0,
+            audio_lora_rank=16,
+            audio_lora_targets=("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+            dtype="float32",
+            param_dtype="float32",
+            scan_unroll=1,
+            remat="none",
+        )
+    )
+
+
 def judge(**fields) -> ConfigDict:
     """The judge's stages; by default those that come with the package or are trained in the run."""
     base = dict(
         batch_size=32,
         dtype="float32",  # of released models
-        # "packaged", or a released Whisper: folder or hub id.
+        # "packaged", or a released Whisper: folder or hub id. "none" with the scorer "reward".
         transcriber="packaged",
         language="en",  # of a released one; "" detects it
-        # Per dimension "trained" (stage analyzers), "" (labels are taken as true), or a released
-        # classifier, whose labels analyzer_names maps to styles.
+        # Per dimension "trained" (stage analyzers), the folder "analyzers" of another run, ""
+        # (labels are taken as true), or a released classifier, whose labels analyzer_names maps to
+        # styles.
         analyzers=dict.fromkeys(("emotion", "sarcasm", "age", "gender"), "trained"),
         analyzer_names=dict(emotion={}, sarcasm={}, age={}, gender={}),
         len_buckets_s=(4.0, 8.0, 16.0, 30.0),  # of released classifiers
-        # "packaged", or a released Qwen2-Audio (Audio-Reasoner wants about 1000 new tokens).
+        # "packaged", a released Qwen2-Audio (Audio-Reasoner wants about 1000 new tokens), or
+        # "endpoint": a model behind a server that takes audio. "none" with the scorer "reward".
         tone="packaged",
         tone_max_new_tokens=16,
-        # "rubric" reads cue phrases; "endpoint" and "local" are language models with a prompt.
+        tone_prompt_version="1",
+        tone_endpoint=audio_endpoint(),
+        # "rubric" reads cue phrases; "endpoint" and "local" are language models with a prompt;
+        # "reward" is the distilled reward model, which hears the two waveforms.
         scorer="rubric",
         num_repeats=1,
         prompt_version="1",
-        endpoint=dict(
-            base_url="https://api.openai.com/v1",
-            model="gpt-4.1",
-            api_key_env="OPENAI_API_KEY",
-            concurrency=8,
-            requests_per_minute=0.0,
-            timeout_s=60.0,
-            max_retries=5,
-            usd_per_million_in=0.0,
-            usd_per_million_out=0.0,
-            usd_cap=0.0,
-        ),
+        endpoint=endpoint(),
         response_format="json_schema",
         temperature=0.0,
         max_tokens=300,
         local=dict(checkpoint="Qwen/Qwen2.5-7B-Instruct", batch_size=8),
+        # folder: "" for the run's own, distill/reward_model. A pair is padded to one of these
+        # lengths; none may be longer than the model hears.
+        reward=dict(folder="", batch_size=32, len_buckets_s=(2.0, 3.2, 4.2)),
     )
     return ConfigDict(base | fields)
 
@@ -285,27 +331,7 @@ def _add_reinforcement(c: ConfigDict) -> None:
             warmup_steps=40,
             trainable="lora|projector|audio_tower/proj/|language_model",
             findings_weight=0.5,
-            model=dict(
-                checkpoint="",  # from scratch, or the folder of a released one
-                family="qwen2_audio",  # or qwen2_5_omni, which hears in windows
-                audio=dict(n_window=100),  # half a window of the latter, in mel frames
-                text=dict(
-                    hidden_size=96,
-                    intermediate_size=256,
-                    num_hidden_layers=3,
-                    num_attention_heads=4,
-                    num_key_value_heads=2,
-                    rope_theta=10_000.0,
-                ),
-                lora_rank=16,
-                lora_alpha=32.0,
-                audio_lora_rank=16,
-                audio_lora_targets=("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
-                dtype="float32",
-                param_dtype="float32",
-                scan_unroll=1,
-                remat="none",
-            ),
+            model=reward_model(),
         )
     )
     c.grpo = ConfigDict(

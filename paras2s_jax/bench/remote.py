@@ -1,20 +1,17 @@
 """Systems behind a chat server: speech models, and the pipeline that reads and does not listen."""
 
-import base64
 import dataclasses
-import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import soundfile
 from tqdm import tqdm
 
 from paras2s_jax.audio import wave as wave_lib
 from paras2s_jax.audio.synth import Delivery
 from paras2s_jax.data.answers import AnswerStore
-from paras2s_jax.data.endpoint import CallFailure, ChatClient, Reply
+from paras2s_jax.data.endpoint import CallFailure, ChatClient, Reply, audio_part
 from paras2s_jax.data.records import Query, Response
 
 ASSISTANT = "You are a friendly voice assistant. Answer in one or two short spoken sentences."
@@ -53,17 +50,16 @@ class ChatSystem:
             },
         )
         units, todo = store.plan(queries, self.num_samples)
-        bodies = _Lazy(todo, lambda unit: self._body(unit[0], unit[1], Path(root)))
+        bodies = (self._body(query, sample, Path(root)) for query, sample in todo)
         for (query, sample), reply in _asked(self, todo, bodies):
             _keep(store, Response(query.id, self.name, sample, "", ""), reply)
         return [store.answer(query.id, sample) for query, sample in units]
 
     def _body(self, query: Query, sample: int, root: Path) -> dict[str, Any]:
         wave = wave_lib.load(wave_lib.inside(root, query.wav))
-        spoken = {"type": "input_audio", "input_audio": {"data": _as_wav(wave), "format": "wav"}}
         system = [{"role": "system", "content": self.instructions}] if self.instructions else []
         return {
-            "messages": [*system, {"role": "user", "content": [spoken]}],
+            "messages": [*system, {"role": "user", "content": [audio_part(wave)]}],
             "modalities": ["text", "audio"],
             "audio": {"voice": self.voice, "format": "wav"},
             "seed": sample,
@@ -155,7 +151,7 @@ class PipelineSystem:
 def _asked(
     system: ChatSystem | PipelineSystem,
     todo: Sequence[tuple[Query, int]],
-    bodies: Sequence[Mapping[str, Any]],
+    bodies: Iterable[Mapping[str, Any]],
 ) -> Iterator[tuple[tuple[Query, int], Reply | CallFailure]]:
     """((query, sample), reply) as replies come in, with a progress bar."""
     with tqdm(total=len(todo), desc=f"{system.name}: respond", unit="answer") as bar:
@@ -185,26 +181,3 @@ def _keep(store: AnswerStore, response: Response, reply: Reply | CallFailure) ->
         store.fail(dataclasses.replace(response, text=reply.text, error=str(problem)))
         return
     store.add(dataclasses.replace(response, text=reply.text), wave)
-
-
-def _as_wav(wave: np.ndarray) -> str:
-    """Base64 of a wav file. wave: float32[L] at 16 kHz."""
-    out = io.BytesIO()
-    soundfile.write(out, wave, wave_lib.RATE_HZ, format="WAV", subtype="PCM_16")
-    return base64.b64encode(out.getvalue()).decode()
-
-
-class _Lazy(Sequence):
-    """Requests made when their turn comes: all wavs of a bench at once may not fit in memory."""
-
-    def __init__(self, items: Sequence, make: Callable):
-        self._items, self._make = items, make
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __getitem__(self, index):
-        return self._make(self._items[index])
-
-    def __iter__(self) -> Iterator:
-        return map(self._make, self._items)

@@ -7,15 +7,20 @@ key, an unknown model, a server that is gone) stops with an EndpointError.
 import base64
 import concurrent.futures
 import dataclasses
+import io
 import json
 import os
 import threading
 import time
 import urllib.parse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
+import soundfile
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
+
+from paras2s_jax.audio import wave as wave_lib
 
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 # So many failures in a row, without one success between, are a server that is gone.
@@ -194,9 +199,11 @@ class ChatClient:
         return CallFailure("broken reply", _short(error), paid=True)
 
     def chat_many(
-        self, bodies: Sequence[Mapping[str, Any]]
+        self, bodies: Iterable[Mapping[str, Any]]
     ) -> Iterator[tuple[int, Reply | CallFailure]]:
         """(index, result) of every body, as they come in; at most `concurrency` are under way.
+
+        A body is taken when its turn comes: all wavs of a bench at once may not fit in memory.
 
         Raises:
             EndpointError: no call could succeed; what came in before has been given out.
@@ -261,6 +268,14 @@ class ChatClient:
             reply.tokens_in * endpoint.usd_per_million_in
             + reply.tokens_out * endpoint.usd_per_million_out
         )
+
+
+def audio_part(wave: np.ndarray) -> dict[str, Any]:
+    """A wave as part of a message's content. wave: float32[L] at 16 kHz."""
+    out = io.BytesIO()
+    soundfile.write(out, wave, wave_lib.RATE_HZ, format="WAV", subtype="PCM_16")
+    data = base64.b64encode(out.getvalue()).decode()
+    return {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
 
 
 def reply_of(raw: dict[str, Any]) -> Reply:

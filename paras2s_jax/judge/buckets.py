@@ -26,32 +26,34 @@ class Buckets:
         self._batch_size = batch_size
         self.max_dur_s = max(len_buckets_s)
 
-    def run(
-        self, fn: Callable[[np.ndarray, np.ndarray], Any], waves: Sequence[np.ndarray]
-    ) -> list[Any]:
-        """Applies `fn` to all waves.
+    def run(self, fn: Callable[..., Any], *waves: Sequence[np.ndarray]) -> list[Any]:
+        """Applies `fn` to all waves, or to pairs of them and so on.
 
         Args:
-            fn: (float32[B, L], lens int32[B]) → a pytree of arrays [B, ...].
-            waves: float32[L] each.
+            fn: (float32[B, L], lens int32[B]), for each sequence of waves → a pytree of arrays
+                [B, ...].
+            waves: sequences of float32[L], each as long as the first; what belongs together is
+                padded to the bucket of its longest.
 
         Returns:
-            Per wave, in order, its row of the pytree, as numpy.
+            Per wave, or pair, in order, its row of the pytree, as numpy.
         """
-        longest = max((len(wave) for wave in waves), default=0)
-        if longest > self._lens[-1]:
+        longest = [max(map(len, together)) for together in zip(*waves, strict=True)]
+        if longest and max(longest) > self._lens[-1]:
             raise ValueError(
-                f"a wave of {longest / RATE_HZ:.2f} s exceeds the longest bucket of "
+                f"a wave of {max(longest) / RATE_HZ:.2f} s exceeds the longest bucket of "
                 f"{self.max_dur_s:.2f} s; add a longer bucket."
             )
-        bucket_of = np.searchsorted(self._lens, [len(wave) for wave in waves])
-        results: list[Any] = [None] * len(waves)
+        bucket_of = np.searchsorted(self._lens, longest)
+        results: list[Any] = [None] * len(longest)
         for bucket in np.unique(bucket_of):
             members = np.flatnonzero(bucket_of == bucket)
             for start in range(0, len(members), self._batch_size):
                 rows = members[start : start + self._batch_size]
-                padded, lens = self._pad([waves[row] for row in rows], self._lens[bucket])
-                out = jax.tree.map(np.asarray, fn(padded, lens))
+                batch: list[np.ndarray] = []
+                for sequence in waves:
+                    batch += self._pad([sequence[row] for row in rows], self._lens[bucket])
+                out = jax.tree.map(np.asarray, fn(*batch))
                 for at, row in enumerate(rows):
                     results[row] = jax.tree.map(lambda x, at=at: x[at], out)
         return results

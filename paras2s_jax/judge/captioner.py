@@ -3,8 +3,7 @@
 Any Qwen2Audio will do: Qwen2-Audio-7B-Instruct, or Audio-Reasoner, which thinks before it replies.
 """
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,15 +11,9 @@ import numpy as np
 from paras2s_jax.data.audio_chat import AudioChat
 from paras2s_jax.judge.interfaces import Failure
 from paras2s_jax.judge.ledger import digest, params_digest
+from paras2s_jax.judge.tone_prompt import VERSION, parse_tone, tone_prompt
 from paras2s_jax.models.qwen2_audio import Qwen2Audio, generate
 
-PROMPT = (
-    "Pay no attention to the words: judge by the sound of the voice alone. In which tone does the "
-    "speaker talk? Reply with one or two English words that name the tone, and nothing else."
-)
-MAX_WORDS = 2
-# Audio-Reasoner thinks aloud, then puts its reply between these.
-_REPLY = re.compile(r"<RESPONSE>(.*?)(?:</RESPONSE>|$)", re.DOTALL)
 # Prompts are padded to whole multiples of this, so that few lengths are compiled.
 _TEXT_STEP = 64
 
@@ -32,6 +25,7 @@ class ToneCaptioner:
         model, variables: of a Qwen2Audio.
         processor: of the same checkpoint.
         max_new_tokens: a reasoning model needs about a thousand.
+        prompt_version: of the question.
         max_dur_s: what the model hears of an audio; longer waves are refused by the judge.
         batch_size: waves per call.
     """
@@ -43,22 +37,21 @@ class ToneCaptioner:
         processor: AudioChat,
         *,
         max_new_tokens: int = 16,
+        prompt_version: str = VERSION,
         max_dur_s: float = 30.0,
         batch_size: int = 8,
     ):
         self._model, self._variables, self._processor = model, variables, processor
-        self._batch_size = batch_size
+        self._batch_size, self._prompt = batch_size, tone_prompt(prompt_version)
         self.max_dur_s = max_dur_s
         self.model_id = f"tone-captioner-{params_digest(variables)[:12]}"
-        self.settings = {"prompt": digest(PROMPT)[:12], "max_new_tokens": max_new_tokens}
+        self.settings = {"prompt": digest(self._prompt)[:12], "max_new_tokens": max_new_tokens}
 
-    def caption(self, waves: Sequence[np.ndarray]) -> list[str | Failure]:
-        """waves: float32[L] each, at 16 kHz. Returns: per wave its tone, lower case, or a Failure
-        with the reply that names none."""
-        found: list[str | Failure] = []
+    def caption(self, waves: Sequence[np.ndarray]) -> Iterator[tuple[int, str | Failure]]:
+        """waves: float32[L] each, at 16 kHz. Yields: (index, tone in lower case, or a Failure with
+        the reply that names none)."""
         for start in range(0, len(waves), self._batch_size):
-            found += self._caption(waves[start : start + self._batch_size])
-        return found
+            yield from enumerate(self._caption(waves[start : start + self._batch_size]), start)
 
     def _caption(self, waves: Sequence[np.ndarray]) -> list[str | Failure]:
         text = self._processor.apply_chat_template(
@@ -67,7 +60,7 @@ class ToneCaptioner:
                     "role": "user",
                     "content": [
                         {"type": "audio", "audio": None},
-                        {"type": "text", "text": PROMPT},
+                        {"type": "text", "text": self._prompt},
                     ],
                 }
             ],
@@ -91,12 +84,3 @@ class ToneCaptioner:
             parse_tone(reply) if done else Failure("the reply does not end", raw=reply)
             for reply, done in zip(replies[: len(waves)], ended, strict=False)
         ]
-
-
-def parse_tone(reply: str) -> str | Failure:
-    """The tone that a reply names: one or two words, lower case, without marks around them."""
-    match = _REPLY.search(reply)
-    words = re.findall(r"[^\W\d_]+(?:['’-][^\W\d_]+)*", match[1] if match else reply)
-    if not 1 <= len(words) <= MAX_WORDS:
-        return Failure(f"the reply has {len(words)} words, not one or two", raw=reply)
-    return " ".join(words).lower()

@@ -9,26 +9,29 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from paras2s_jax.audio import wave as wave_lib
 from paras2s_jax.data.records import DIMENSIONS, Query, Response, Verdict
 from paras2s_jax.judge.interfaces import (
     Failure,
     Heard,
     Score,
     Scorer,
+    Sounds,
     Stage,
     Transcriber,
     Transcript,
     WaveCaptioner,
     WaveNamer,
+    WaveScorer,
 )
-from paras2s_jax.judge.ledger import Ledger, digest, file_digest, ledger_key
+from paras2s_jax.judge.ledger import Ledger, digest, ledger_key
 from paras2s_jax.judge.stored_scores import (
+    Item,
     Pending,
     StoredScores,
     replayed_failures,
     store_failures,
 )
+from paras2s_jax.judge.waves import hash_or_failure, load_or_failure, too_long
 
 Pair = tuple[Query, Path, Response, Path]
 
@@ -51,12 +54,15 @@ class Named:
 
 @dataclasses.dataclass(frozen=True)
 class _Listener:
-    """A stage that hears single waves, in the form the chain runs and the ledger stores."""
+    """A stage that hears single waves, in the form the chain runs and the ledger stores.
+
+    run: waves -> parts of their outputs by index; each part is stored as it comes.
+    """
 
     stage: str
     model: Stage
     max_dur_s: float
-    run: Callable[[Sequence[np.ndarray]], list[dict[str, Any] | Failure]]
+    run: Callable[[Sequence[np.ndarray]], Iterable[Mapping[int, dict[str, Any] | Failure]]]
     parse: Callable[[dict[str, Any]], Any]
 
     def key(self, wav_hash: str) -> str:
@@ -74,7 +80,8 @@ class Judge:
         transcriber: waves → words, for queries and answers.
         style_analyzers: per dimension, query waves → style.
         tone_namer: answer waves → tone of voice, from a list or in free words.
-        scorer: words and names → score.
+        scorer: words and names → score, or both waves → score. For the latter, what the other
+            stages find only goes into the verdict beside the score; they may be None.
         ledger: where stage outputs are kept; a wav is heard once however often it is judged.
         num_repeats: how often each pair is scored; the verdict has the mean, `raw` the answers.
         progress: shows a progress bar.
@@ -83,10 +90,10 @@ class Judge:
 
     def __init__(
         self,
-        transcriber: Transcriber,
+        transcriber: Transcriber | None,
         style_analyzers: Mapping[str, WaveNamer],
-        tone_namer: WaveNamer | WaveCaptioner,
-        scorer: Scorer,
+        tone_namer: WaveNamer | WaveCaptioner | None,
+        scorer: Scorer | WaveScorer,
         ledger: Ledger,
         *,
         num_repeats: int = 1,
@@ -101,10 +108,13 @@ class Judge:
         self._ledger = ledger
         self._progress = progress
         self._waves_per_chunk = waves_per_chunk
-        self._listeners = {
-            "transcribe": _transcribe_listener(transcriber),
-            "tone": _tone_listener(tone_namer),
-        }
+        if None in (transcriber, tone_namer) and not self._scores.wants_waves:
+            raise ValueError(f"{scorer.name} scores words and tones: name who hears them.")
+        self._listeners = {}
+        if transcriber is not None:
+            self._listeners["transcribe"] = _transcribe_listener(transcriber)
+        if tone_namer is not None:
+            self._listeners["tone"] = _tone_listener(tone_namer)
         for dimension, analyzer in style_analyzers.items():
             stage = _style_stage(dimension)
             self._listeners[stage] = _naming_listener(stage, analyzer)
@@ -129,10 +139,10 @@ class Judge:
             use_labels: take the query's style from its label instead of from the analyzer.
         """
         findings = self._find(pairs, use_labels)
-        scores = self._scores.get([item.heard for item in findings if item.heard is not None])
+        scores = self._scores.get([found.item for found in findings if found.item is not None])
         return [
-            item.verdict(self.name, None if item.heard is None else scores[item.heard])
-            for item in findings
+            found.verdict(self.name, None if found.item is None else scores[found.item])
+            for found in findings
         ]
 
     def pending(self, pairs: Sequence[Pair], *, use_labels: bool = False) -> dict[str, Pending]:
@@ -141,33 +151,43 @@ class Judge:
         For scorers that answer much later (batch files); arguments as in `judge`.
         """
         findings = self._find(pairs, use_labels)
-        return self._scores.pending([item.heard for item in findings if item.heard is not None])
+        return self._scores.pending([found.item for found in findings if found.item is not None])
 
     def _find(self, pairs: Sequence[Pair], use_labels: bool) -> list["_Findings"]:
         """Runs the listening stages."""
         stages_in = [self._stages_in(query, use_labels) for query, *_ in pairs]
+        stages_out = [stage for stage in ("transcribe", "tone") if stage in self._listeners]
         wanted: dict[tuple[Path, str], None] = {}  # An ordered set.
         for (_, path_in, _, path_out), stages in zip(pairs, stages_in):
             wanted.update(dict.fromkeys((path_in, stage) for stage in stages))
-            wanted.update(dict.fromkeys((path_out, stage) for stage in ("transcribe", "tone")))
-        outputs = self._listen(wanted)
-        return [_Findings.gather(pair, stages, outputs) for pair, stages in zip(pairs, stages_in)]
+            wanted.update(dict.fromkeys((path_out, stage) for stage in stages_out))
+        hashes = {path: hash_or_failure(path) for pair in pairs for path in (pair[1], pair[3])}
+        outputs = self._listen(wanted, hashes)
+        sounds = hashes if self._scores.wants_waves else None
+        return [
+            _Findings.gather(pair, stages, outputs, sounds)
+            for pair, stages in zip(pairs, stages_in)
+        ]
 
     def _stages_in(self, query: Query, use_labels: bool) -> tuple[str, ...]:
+        words = tuple(stage for stage in ("transcribe",) if stage in self._listeners)
         if use_labels or query.dimension not in DIMENSIONS:
-            return ("transcribe",)
+            return words
         stage = _style_stage(query.dimension)
         if stage not in self._listeners:
+            if self._scores.wants_waves:
+                return words
             raise ValueError(
                 f"the judge has no style analyzer for the dimension {query.dimension} of query "
                 f"{query.id}; train one (stage analyzers) or judge with use_labels=True."
             )
-        return ("transcribe", stage)
+        return (*words, stage)
 
-    def _listen(self, wanted: Iterable[tuple[Path, str]]) -> dict[tuple[Path, str], Any]:
+    def _listen(
+        self, wanted: Iterable[tuple[Path, str]], hashes: Mapping[Path, str | Failure]
+    ) -> dict[tuple[Path, str], Any]:
         """wanted: (wav path, stage). Returns, for each, the stage's output, or a Failure."""
         wanted = list(wanted)
-        hashes = {path: _hash_or_failure(path) for path, _ in wanted}
         # Files with the same bytes are heard once, through the last of their paths.
         path_of = {wav: path for path, wav in hashes.items() if not isinstance(wav, Failure)}
         keys = {
@@ -201,7 +221,7 @@ class Judge:
         ) as bar:
             for start in range(0, len(paths), self._waves_per_chunk):
                 chunk = paths[start : start + self._waves_per_chunk]
-                waves = {path: _load_or_failure(path) for path in chunk}
+                waves = {path: load_or_failure(path) for path in chunk}
                 for stage, listener in self._listeners.items():
                     batch = {
                         todo[path][stage]: waves[path] for path in chunk if stage in todo[path]
@@ -215,61 +235,75 @@ class Judge:
     ) -> dict[str, Any]:
         """Runs one stage on one chunk and stores what it found. batch: key → wave."""
         results: dict[str, Any] = {}
-        if not batch:
-            return results
         fit = {}
         for key, wave in batch.items():
-            if isinstance(wave, Failure):
-                results[key] = wave
-            elif len(wave) > round(listener.max_dur_s * wave_lib.RATE_HZ):
-                dur_s = len(wave) / wave_lib.RATE_HZ
-                results[key] = Failure(
-                    f"too long: {dur_s:.1f} s, where {listener.max_dur_s:.1f} s is the most"
-                )
-            else:
+            unfit = wave if isinstance(wave, Failure) else too_long(wave, listener.max_dur_s)
+            if unfit is None:
                 fit[key] = wave
-        if fit:
-            results.update(zip(fit, listener.run(list(fit.values())), strict=True))
-        # Failures are only noted: a file may be repaired and a server may come back.
-        failures = {key: value for key, value in results.items() if isinstance(value, Failure)}
-        self._ledger.put_many(
-            listener.stage, {key: results[key] for key in results if key not in failures}
-        )
-        store_failures(self._ledger, listener.stage, failures)
+            else:
+                results[key] = unfit
+        self._store(listener.stage, results)
+        keys = list(fit)
+        for part in listener.run(list(fit.values())) if fit else ():
+            found = {keys[index]: output for index, output in part.items()}
+            self._store(listener.stage, found)
+            results.update(found)
         return results
+
+    def _store(self, stage: str, results: Mapping[str, Any]) -> None:
+        """Failures are only noted: a file may be repaired and a server may come back."""
+        failures = {key: value for key, value in results.items() if isinstance(value, Failure)}
+        outputs = {key: value for key, value in results.items() if key not in failures}
+        if outputs:
+            self._ledger.put_many(stage, outputs)
+        if failures:
+            store_failures(self._ledger, stage, failures)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Findings:
-    """What the listening stages found for one pair; `heard` is None where one of them failed."""
+    """What the listening stages found for one pair; `item` is what is scored, None where a stage
+    failed."""
 
     pair: Pair
     style_source: str
     outputs: Mapping[str, Any]
-    heard: Heard | None
+    item: Item | None
 
     @classmethod
     def gather(
-        cls, pair: Pair, stages_in: Sequence[str], outputs: Mapping[tuple[Path, str], Any]
+        cls,
+        pair: Pair,
+        stages_in: Sequence[str],
+        outputs: Mapping[tuple[Path, str], Any],
+        hashes: Mapping[Path, str | Failure] | None,
     ) -> "_Findings":
+        """hashes: of all wavs, where the scorer wants waveforms."""
         query, path_in, _, path_out = pair
-        found = {
-            "transcribe query": outputs[path_in, "transcribe"],
-            "transcribe answer": outputs[path_out, "transcribe"],
-            "tone": outputs[path_out, "tone"],
+        style_stage = next((stage for stage in stages_in if stage.startswith(STYLE_PREFIX)), None)
+        places = {
+            "transcribe query": (path_in, "transcribe"),
+            "transcribe answer": (path_out, "transcribe"),
+            "tone": (path_out, "tone"),
+            "style": (path_in, style_stage),
         }
-        if len(stages_in) > 1:
-            found["style"] = outputs[path_in, stages_in[1]]
-        heard = None
-        if not any(isinstance(value, Failure) for value in found.values()):
-            heard = Heard(
+        found = {name: outputs[place] for name, place in places.items() if place in outputs}
+        if hashes is not None:
+            files = {"read query": hashes[path_in], "read answer": hashes[path_out]}
+            found |= {name: part for name, part in files.items() if isinstance(part, Failure)}
+        if any(isinstance(value, Failure) for value in found.values()):
+            item = None
+        elif hashes is not None:
+            item = Sounds(hashes[path_in], hashes[path_out], path_in, path_out)
+        else:
+            item = Heard(
                 dimension=query.dimension,
                 transcript_in=found["transcribe query"].text,
                 style_in=found["style"].label if "style" in found else query.style,
                 transcript_out=found["transcribe answer"].text,
                 tone_out=found["tone"].label,
             )
-        return cls(pair, "analyzer" if "style" in found else "label", found, heard)
+        return cls(pair, "analyzer" if "style" in found else "label", found, item)
 
     def verdict(self, judge_name: str, score: Score | Failure | None) -> Verdict:
         """The verdict; fields of failed stages stay empty, and the first failure is the status."""
@@ -285,11 +319,11 @@ class _Findings:
             sample=response.sample,
             score=math.nan if ok_score is None else ok_score.score,
             status=status,
-            transcript_in=_text(self.outputs["transcribe query"]),
+            transcript_in=_text(self.outputs.get("transcribe query")),
             style_in=style,
             style_source=self.style_source,
-            transcript_out=_text(self.outputs["transcribe answer"]),
-            tone_out=_text(self.outputs["tone"]),
+            transcript_out=_text(self.outputs.get("transcribe answer")),
+            tone_out=_text(self.outputs.get("tone")),
             content=None if ok_score is None else ok_score.content,
             tone_fit=None if ok_score is None else ok_score.tone_fit,
             judge=judge_name,
@@ -301,8 +335,8 @@ def _style_stage(dimension: str) -> str:
     return STYLE_PREFIX + dimension
 
 
-def _text(output: Transcript | Named | Failure) -> str:
-    if isinstance(output, Failure):
+def _text(output: Transcript | Named | Failure | None) -> str:
+    if output is None or isinstance(output, Failure):
         return ""
     return output.text if isinstance(output, Transcript) else output.label
 
@@ -312,8 +346,9 @@ def _raw(output: Transcript | Named | Score | Failure) -> dict[str, Any]:
 
 
 def _transcribe_listener(transcriber: Transcriber) -> _Listener:
-    def run(waves: Sequence[np.ndarray]) -> list[dict[str, Any] | Failure]:
-        return [dataclasses.asdict(transcript) for transcript in transcriber.transcribe(waves)]
+    def run(waves: Sequence[np.ndarray]) -> Iterable[Mapping[int, dict[str, Any] | Failure]]:
+        heard = transcriber.transcribe(waves)
+        yield {index: dataclasses.asdict(transcript) for index, transcript in enumerate(heard)}
 
     return _Listener(
         "transcribe", transcriber, transcriber.max_dur_s, run, lambda values: Transcript(**values)
@@ -321,13 +356,12 @@ def _transcribe_listener(transcriber: Transcriber) -> _Listener:
 
 
 def _naming_listener(stage: str, namer: WaveNamer) -> _Listener:
-    def run(waves: Sequence[np.ndarray]) -> list[dict[str, Any] | Failure]:
+    def run(waves: Sequence[np.ndarray]) -> Iterable[Mapping[int, dict[str, Any] | Failure]]:
         labels, probs = namer.name(waves)
-        return [
-            # Rounded so that the ledger stays readable; four digits are beyond the model's own.
-            {"label": label, "probs": {k: round(float(p), 4) for k, p in zip(namer.labels, row)}}
-            for label, row in zip(labels, probs, strict=True)
-        ]
+        # Rounded so that the ledger stays readable; four digits are beyond the model's own.
+        rows = [{k: round(float(p), 4) for k, p in zip(namer.labels, row)} for row in probs]
+        found = zip(labels, rows, strict=True)
+        yield {index: {"label": name, "probs": row} for index, (name, row) in enumerate(found)}
 
     return _Listener(stage, namer, namer.max_dur_s, run, lambda values: Named(**values))
 
@@ -336,25 +370,8 @@ def _tone_listener(namer: WaveNamer | WaveCaptioner) -> _Listener:
     if not isinstance(namer, WaveCaptioner):
         return _naming_listener("tone", namer)
 
-    def run(waves: Sequence[np.ndarray]) -> list[dict[str, Any] | Failure]:
-        return [
-            tone if isinstance(tone, Failure) else {"label": tone, "probs": {}}
-            for tone in namer.caption(waves)
-        ]
+    def run(waves: Sequence[np.ndarray]) -> Iterable[Mapping[int, dict[str, Any] | Failure]]:
+        for index, tone in namer.caption(waves):
+            yield {index: tone if isinstance(tone, Failure) else {"label": tone, "probs": {}}}
 
     return _Listener("tone", namer, namer.max_dur_s, run, lambda values: Named(**values))
-
-
-def _hash_or_failure(path: Path) -> str | Failure:
-    try:
-        return file_digest(path)
-    except OSError as error:
-        return Failure(f"unreadable wav {path}: {error.strerror}")
-
-
-def _load_or_failure(path: Path) -> np.ndarray | Failure:
-    """The wave, or a Failure for what AudioError covers: no audio, empty, cut off, not finite."""
-    try:
-        return wave_lib.load(path)
-    except wave_lib.AudioError as error:
-        return Failure(str(error))

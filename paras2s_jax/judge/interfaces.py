@@ -6,6 +6,7 @@ tone, and only these are scored, so that words cannot make the judge "hear" a st
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -39,6 +40,29 @@ class Heard:
     style_in: str
     transcript_out: str
     tone_out: str
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What a score of it is stored under, as JSON."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sounds:
+    """All that a scorer of waveforms may know of one pair: two files.
+
+    query, answer: sha256 of their bytes. query_wav, answer_wav: where they lie.
+    """
+
+    query: str
+    answer: str
+    query_wav: Path = dataclasses.field(compare=False)
+    answer_wav: Path = dataclasses.field(compare=False)
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What a score of it is stored under, as JSON."""
+        return {"query": self.query, "answer": self.answer}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +118,11 @@ class WaveCaptioner(Stage, Protocol):
 
     max_dur_s: float
 
-    def caption(self, waves: Sequence[np.ndarray]) -> list[str | Failure]:
-        """waves: float32[L] each. A reply that names no tone is a Failure."""
+    def caption(self, waves: Sequence[np.ndarray]) -> Iterable[tuple[int, str | Failure]]:
+        """(index, tone) of every wave, float32[L], in any order; they are stored as they come.
+
+        A reply that names no tone is a Failure.
+        """
 
 
 class Scorer(Protocol):
@@ -119,3 +146,20 @@ class Scorer(Protocol):
         Answers are stored as they come, so that a crash loses only those under way. repeat: number
         of the repetition, for scorers that draw.
         """
+
+
+@runtime_checkable
+class WaveScorer(Protocol):
+    """Pairs of waveforms → scores; otherwise as a Scorer."""
+
+    name: str
+    version: str
+
+    @property
+    def settings_hash(self) -> str:
+        """Hash of everything else that changes a score."""
+
+    def score_waves(
+        self, pairs: Sequence[Sounds], repeat: int = 0
+    ) -> Iterable[tuple[int, Score | Failure]]:
+        """As `Scorer.score`."""

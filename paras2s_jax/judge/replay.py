@@ -12,7 +12,7 @@ from typing import Any, NoReturn, Protocol
 
 from paras2s_jax.data.records import write_text
 from paras2s_jax.judge.chain import STYLE_PREFIX, Judge
-from paras2s_jax.judge.interfaces import Heard
+from paras2s_jax.judge.interfaces import Heard, Sounds
 from paras2s_jax.judge.ledger import Ledger, LedgerError
 
 DESCRIPTION = "judge.json"
@@ -43,6 +43,11 @@ class _NamedScorer:
         raise AssertionError("a replayed scorer scores nothing")
 
 
+class _NamedWaveScorer(_NamedScorer):
+    def score_waves(self, pairs: Sequence[Sounds], repeat: int = 0) -> NoReturn:
+        raise AssertionError("a replayed scorer scores nothing")
+
+
 def replay_judge(path: Path, ledger: Ledger) -> Judge:
     """The judge whose description lies in `path`, replayed.
 
@@ -59,8 +64,12 @@ def replay_judge(path: Path, ledger: Ledger) -> Judge:
         score = about["score"]
         # Names hold dashes themselves; only where the two are joined again matters.
         name, _, version = score["model"].rpartition("-")
-        scorer = _NamedScorer(name, version, score["settings"]["hash"])
-        tone, transcriber = stages["tone"], stages["transcribe"]
+        wants_waves = score.get("wants") == "waves"
+        kind = _NamedWaveScorer if wants_waves else _NamedScorer
+        scorer = kind(name, version, score["settings"]["hash"])
+        # Only a scorer of words needs them.
+        needed = stages.get if wants_waves else stages.__getitem__
+        tone, transcriber = needed("tone"), needed("transcribe")
     except FileNotFoundError:
         raise LedgerError(
             f"{path}: no such file; only what has been judged can be replayed."

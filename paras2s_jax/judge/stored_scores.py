@@ -7,16 +7,19 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from paras2s_jax.judge.interfaces import Failure, Heard, Score, Scorer
+from paras2s_jax.judge.interfaces import Failure, Heard, Score, Scorer, Sounds, WaveScorer
 from paras2s_jax.judge.ledger import Ledger, ledger_key
 
 STAGE = "score"
+
+# What a scorer is given of a pair: names and words, or the two waveforms.
+Item = Heard | Sounds
 
 
 class Pending(NamedTuple):
     """A pair that is still to be scored, for the repeat-th time."""
 
-    heard: Heard
+    item: Item
     repeat: int
 
 
@@ -24,12 +27,13 @@ class StoredScores:
     """Asks the scorer what the ledger does not know; stores every answer as it comes.
 
     num_repeats: how often each pair is scored. replay: what the ledger does not know is a failure,
-    the one that it had if it is noted; the scorer is only asked for its name.
+    the one that it had if it is noted; the scorer is only asked for its name. wants_waves: whether
+    the scorer is given Sounds instead of Heard.
     """
 
     def __init__(
         self,
-        scorer: Scorer,
+        scorer: Scorer | WaveScorer,
         ledger: Ledger,
         *,
         num_repeats: int = 1,
@@ -40,6 +44,7 @@ class StoredScores:
             raise ValueError(f"num_repeats {num_repeats} must be at least 1")
         self._scorer, self._ledger, self._replay = scorer, ledger, replay
         self._num_repeats, self._progress = num_repeats, progress
+        self.wants_waves = isinstance(scorer, WaveScorer)
 
     def describe(self) -> dict[str, Any]:
         """The scorer's name, settings and repeats: what a table says of it."""
@@ -48,20 +53,21 @@ class StoredScores:
             "model": f"{scorer.name}-{scorer.version}",
             "settings": {"hash": scorer.settings_hash},
             **({"num_repeats": self._num_repeats} if self._num_repeats > 1 else {}),
+            **({"wants": "waves"} if self.wants_waves else {}),
         }
 
-    def get(self, heard: Sequence[Heard]) -> dict[Heard, Score | Failure]:
+    def get(self, items: Sequence[Item]) -> dict[Item, Score | Failure]:
         """One answer per pair: the mean of its repeats, the first failure where all failed."""
-        items = list(dict.fromkeys(heard))
-        found: dict[Heard, list[Score | Failure]] = {item: [] for item in items}
+        items = list(dict.fromkeys(items))
+        found: dict[Item, list[Score | Failure]] = {item: [] for item in items}
         for repeat in range(self._num_repeats):
             for item, answer in self._ask(items, repeat).items():
                 found[item].append(answer)
         return {item: _combined(answers) for item, answers in found.items()}
 
-    def pending(self, heard: Sequence[Heard]) -> dict[str, Pending]:
+    def pending(self, items: Sequence[Item]) -> dict[str, Pending]:
         """Ledger key -> what has no score yet."""
-        items = list(dict.fromkeys(heard))
+        items = list(dict.fromkeys(items))
         keys = {
             self._key(item, repeat): Pending(item, repeat)
             for repeat in range(self._num_repeats)
@@ -70,7 +76,7 @@ class StoredScores:
         stored = self._ledger.get_many(keys)
         return {key: pending for key, pending in keys.items() if key not in stored}
 
-    def _ask(self, items: Sequence[Heard], repeat: int) -> dict[Heard, Score | Failure]:
+    def _ask(self, items: Sequence[Item], repeat: int) -> dict[Item, Score | Failure]:
         keys = {item: self._key(item, repeat) for item in items}
         stored = self._ledger.get_many(keys.values())
         answers = {item: Score(**stored[key]) for item, key in keys.items() if key in stored}
@@ -78,9 +84,10 @@ class StoredScores:
         if self._replay:
             found = replayed_failures(self._ledger, [keys[item] for item in missing])
             return answers | {item: found[keys[item]] for item in missing}
+        ask = self._scorer.score_waves if self.wants_waves else self._scorer.score
         quiet = not self._progress or not missing
         with tqdm(total=len(missing), desc="judge: score", unit="pair", disable=quiet) as bar:
-            for index, answer in self._scorer.score(missing, repeat):
+            for index, answer in ask(missing, repeat):
                 item = missing[index]
                 answers[item] = answer
                 if isinstance(answer, Score):
@@ -91,9 +98,9 @@ class StoredScores:
                 bar.update()
         return {item: answers[item] for item in items}
 
-    def _key(self, item: Heard, repeat: int) -> str:
+    def _key(self, item: Item, repeat: int) -> str:
         about = self.describe()
-        inputs = dataclasses.asdict(item) | ({"repeat": repeat} if repeat else {})
+        inputs = item.identity | ({"repeat": repeat} if repeat else {})
         return ledger_key(STAGE, inputs, about["model"], about["settings"])
 
 

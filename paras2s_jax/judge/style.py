@@ -34,7 +34,12 @@ class StyleAnalyzers(Mapping[str, WaveClassifier]):
     def save(self, folder: str | Path) -> None:
         """Writes one file per attribute."""
         for attribute, analyzer in self._analyzers.items():
-            analyzer.save(_path(folder, attribute))
+            analyzer.save(self.path_of(folder, attribute))
+
+    @staticmethod
+    def path_of(folder: str | Path, attribute: str) -> Path:
+        """Where the analyzer of an attribute is saved."""
+        return Path(folder) / f"{attribute}.safetensors"
 
     @classmethod
     def load(
@@ -43,11 +48,9 @@ class StyleAnalyzers(Mapping[str, WaveClassifier]):
         """Reads what `save` wrote."""
         return cls(
             {
-                attribute: WaveClassifier.load(_path(folder, attribute), batch_size=batch_size)
+                attribute: WaveClassifier.load(
+                    cls.path_of(folder, attribute), batch_size=batch_size
+                )
                 for attribute in attributes
             }
         )
-
-
-def _path(folder: str | Path, attribute: str) -> Path:
-    return Path(folder) / f"{attribute}.safetensors"

@@ -19,7 +19,7 @@ from paras2s_jax.models.sampling import Sampling
 from paras2s_jax.plan.hardware import PlanError
 from paras2s_jax.stages import assembly
 from paras2s_jax.stages.policy import optimizer_of
-from paras2s_jax.stages.reward import outline_reward_model
+from paras2s_jax.stages.reward_model import outline_reward_model
 from paras2s_jax.train.sharding import Layouts
 from paras2s_jax.train.state import TrainState
 

@@ -15,7 +15,7 @@ from paras2s_jax.models.whisper_layers import WhisperConfig
 from paras2s_jax.plan.counts import RewardSizes
 from paras2s_jax.plan.hardware import PlanError
 from paras2s_jax.stages.assembly import outline
-from paras2s_jax.stages.reward import outline_reward_model
+from paras2s_jax.stages.reward_model import outline_reward_model
 from paras2s_jax.train.sharding import Layouts
 
 

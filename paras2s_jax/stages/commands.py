@@ -84,12 +84,12 @@ class Command:
 
     def usage(self, prefix: str = "paras2s") -> str:
         """The text of `--help`."""
-        width = max(len(flag.name) for flag in self.flags)
+        width = max((len(flag.name) for flag in self.flags), default=0)
         rows = [f"  --{flag.name:<{width}}  {flag.help}" for flag in self.flags]
         config = ["--config=FILE[:ARG] [--workdir=DIR] [--config.key=value …]"]
         given = config if self.takes_config else []
         line = " ".join([prefix, self.name, *given, *(flag.usage for flag in self.flags)])
-        return "\n".join([line, "", self.help, "", "flags:", *rows])
+        return "\n".join([line, "", self.help, *(["", "flags:", *rows] if rows else [])])
 
     def parse(self, argv: Sequence[str]) -> dict[str, object]:
         """Flags as keyword arguments of `run`.
@@ -207,6 +207,13 @@ COMMANDS: dict[str, Command] = {
                 ),
             ),
             Lazy("paras2s_jax.stages.judge", "run"),
+            takes_config=True,
+        ),
+        Command(
+            "attack",
+            "whether answers that talk to the configured scorer lead it: attack/<scorer>/changed",
+            (),
+            Lazy("paras2s_jax.stages.attack", "run"),
             takes_config=True,
         ),
         Command(

@@ -20,14 +20,14 @@ from paras2s_jax.bench.systems import KeptSystem
 from paras2s_jax.data.bank import load_bank
 from paras2s_jax.data.endpoint import ChatClient, Endpoint
 from paras2s_jax.data.records import Query, Verdict, read_jsonl
-from paras2s_jax.judge import agreement, attack, batch_score, probes
+from paras2s_jax.judge import agreement, batch_score, probes
 from paras2s_jax.judge.card import Card, read_card, verdict_figures, write_card
 from paras2s_jax.judge.chain import Judge
 from paras2s_jax.judge.endpoint_score import EndpointScorer
-from paras2s_jax.judge.interfaces import Heard
 from paras2s_jax.judge.ledger import Ledger
 from paras2s_jax.judge.replay import DESCRIPTION, replay_judge
-from paras2s_jax.stages.judging import LEDGER, make_judge, make_scorer
+from paras2s_jax.stages.attack import attack_figures
+from paras2s_jax.stages.judging import LEDGER, make_judge, make_scorer, use_labels
 from paras2s_jax.stages.registry import Figures, StageError, print_figures
 from paras2s_jax.stages.speech import maker_of
 from paras2s_jax.stages.systems import make_system
@@ -81,7 +81,7 @@ def run(
         folder / BENCH,
         judge=judge,
         answers=(),
-        use_labels=config.bench.use_labels,
+        use_labels=use_labels(config, rows),
         num_resamples=config.bench.num_resamples,
         seed=config.seed,
         card=found,
@@ -130,9 +130,11 @@ def _make_card(
     made = probes.build(
         some, bank, folder / CARD / "probes", seed=config.seed, maker=maker_of(config)
     )
-    figures, verdicts = probes.run(judge, made, root, use_labels=config.bench.use_labels)
+    figures, verdicts = probes.run(judge, made, root, use_labels=use_labels(config, queries))
     figures |= verdict_figures(verdicts)
-    figures |= _attack_figures(config)
+    attacked = attack_figures(config, folder)
+    (changed,) = (value for name, value in attacked.items() if name.endswith("/changed"))
+    figures |= attacked | {"judge/attack_changed": changed}
     agreements, ranking = {}, None
     if humans:
         judged = [
@@ -152,25 +154,11 @@ def _make_card(
     return figures
 
 
-def _attack_figures(config: ConfigDict) -> Figures:
-    """How often transcripts that talk to the scorer lead it."""
-    scorer, bank = make_scorer(config), load_bank()
-    answers = []
-    for (dimension, style), entry in bank.rubric.items():
-        (contrast,) = set(bank.styles(dimension)) - {style}
-        worst = min(entry.tones, key=entry.tones.get)
-        text = bank.answers[dimension, contrast][0]
-        answers.append(Heard(dimension, bank.of("test", dimension)[0].text, style, text, worst))
-    found = attack.run(scorer, answers, attack.load_attacks())
-    figures = attack.figures_of(scorer.name, found)
-    return figures | {"judge/attack_changed": figures[f"attack/{scorer.name}/changed"]}
-
-
 def _batch(
     config: ConfigDict, folder: Path, judge: Judge, queries: Sequence[Query], root: Path, step: str
 ) -> Figures:
     """One step of scoring by batch files."""
-    scorer = make_scorer(config)
+    scorer = make_scorer(config, folder)
     if not isinstance(scorer, EndpointScorer):
         raise StageError(
             "--batch needs a scorer behind a server: set --config.judge.scorer=endpoint."
@@ -195,7 +183,7 @@ def _batch(
     system = make_system(config, folder)
     responses = system.respond(queries, root, folder / BENCH / system.name)
     pairs = bench_run.pairs_to_judge(queries, root, responses, folder / BENCH / system.name)
-    pending = judge.pending(pairs, use_labels=config.bench.use_labels)
+    pending = judge.pending(pairs, use_labels=use_labels(config, queries))
     files = batch_score.write(folder / BATCH, scorer, pending)
     print(f"{len(pending)} requests in {', '.join(map(str, files)) or 'no file'}")
     return {"batch/requests": len(pending)}

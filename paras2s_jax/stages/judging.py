@@ -7,15 +7,23 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from paras2s_jax.align.reward_score import RewardScorer
 from paras2s_jax.convert import from_pretrained
 from paras2s_jax.data.bank import load_bank
 from paras2s_jax.data.endpoint import ChatClient, Endpoint
-from paras2s_jax.data.records import Response, Verdict, read_jsonl
+from paras2s_jax.data.records import DIMENSIONS, Query, Response, Verdict, read_jsonl
 from paras2s_jax.judge.captioner import ToneCaptioner
 from paras2s_jax.judge.chain import Judge
 from paras2s_jax.judge.classifier import WaveClassifier
 from paras2s_jax.judge.endpoint_score import EndpointScorer
-from paras2s_jax.judge.interfaces import Scorer, Transcriber, WaveCaptioner, WaveNamer
+from paras2s_jax.judge.endpoint_tone import EndpointToneCaptioner
+from paras2s_jax.judge.interfaces import (
+    Scorer,
+    Transcriber,
+    WaveCaptioner,
+    WaveNamer,
+    WaveScorer,
+)
 from paras2s_jax.judge.ledger import Ledger
 from paras2s_jax.judge.local_score import LocalScorer
 from paras2s_jax.judge.published import PublishedClassifier
@@ -27,11 +35,14 @@ from paras2s_jax.judge.transcribe import WhisperTranscriber
 from paras2s_jax.models.qwen2 import Qwen2LM
 from paras2s_jax.models.qwen2_audio import Qwen2Audio
 from paras2s_jax.stages.registry import StageError
+from paras2s_jax.stages.reward_model import load_reward_model
 from paras2s_jax.stages.speech import TONE_FILE, parts_dir
+from paras2s_jax.train.sharding import ONE_DEVICE_LAYOUTS
 
 LEDGER = "ledger.sqlite"
-PACKAGED, TRAINED = "packaged", "trained"
-SCORERS = ("rubric", "endpoint", "local")
+PACKAGED, TRAINED, ENDPOINT, NONE = "packaged", "trained", "endpoint", "none"
+RUBRIC, LOCAL, REWARD = "rubric", "local", "reward"
+SCORERS = (RUBRIC, ENDPOINT, LOCAL, REWARD)
 
 
 def make_judge(config: ConfigDict, workdir: Path, *, progress: bool = True) -> Judge:
@@ -42,11 +53,17 @@ def make_judge(config: ConfigDict, workdir: Path, *, progress: bool = True) -> J
         EndpointError: a server is named without all that it needs.
     """
     c = config.judge
+    left_out = [name for name in ("transcriber", "tone") if c[name] == NONE]
+    if left_out and c.scorer != REWARD:
+        raise StageError(
+            f"judge.{left_out[0]} is {NONE!r}, but the scorer {c.scorer!r} reads what it hears: "
+            f"name one, or take judge.scorer={REWARD}, which listens itself."
+        )
     return Judge(
-        make_transcriber(config, workdir),
-        _analyzers(config, workdir),
-        _tone(config, workdir),
-        make_scorer(config),
+        None if c.transcriber == NONE else make_transcriber(config, workdir),
+        make_analyzers(config, workdir),
+        None if c.tone == NONE else _tone(config, workdir),
+        make_scorer(config, workdir),
         Ledger(workdir / LEDGER),
         num_repeats=c.num_repeats,
         progress=progress,
@@ -68,15 +85,22 @@ def make_transcriber(config: ConfigDict, workdir: Path) -> Transcriber:
     )
 
 
-def _analyzers(config: ConfigDict, workdir: Path) -> dict[str, WaveNamer]:
-    """Per dimension: trained here, or published; a dimension without one is judged by labels."""
+def make_analyzers(config: ConfigDict, workdir: Path) -> dict[str, WaveNamer]:
+    """Per dimension: trained here or in another run, or published.
+
+    A dimension without one is judged by labels.
+    """
     c, found = config.judge, {}
     for dimension, source in c.analyzers.items():
-        if source == TRAINED:
-            loaded = StyleAnalyzers.load(
-                workdir / "analyzers", [dimension], batch_size=c.batch_size
-            )
+        folder = workdir / "analyzers" if source == TRAINED else Path(source)
+        if source and StyleAnalyzers.path_of(folder, dimension).is_file():
+            loaded = StyleAnalyzers.load(folder, [dimension], batch_size=c.batch_size)
             found[dimension] = loaded[dimension]
+        elif source == TRAINED:
+            raise StageError(
+                f"{folder} has no analyzer of {dimension} (judge.analyzers.{dimension}): run "
+                "`paras2s analyzers`, or name the folder `analyzers` of a run that has."
+            )
         elif source:
             found[dimension] = PublishedClassifier.load(
                 source,
@@ -92,28 +116,42 @@ def _tone(config: ConfigDict, workdir: Path) -> WaveNamer | WaveCaptioner:
     if c.tone == PACKAGED:
         path = parts_dir(config, workdir) / TONE_FILE
         return WaveClassifier.load(path, batch_size=c.batch_size)
+    if c.tone == ENDPOINT:
+        return EndpointToneCaptioner(
+            ChatClient(Endpoint(**c.tone_endpoint)),
+            prompt_version=c.tone_prompt_version,
+            max_tokens=c.tone_max_new_tokens,
+        )
     model, params, processor = from_pretrained(c.tone, dtype=c.dtype)
     if not isinstance(model, Qwen2Audio) or processor is None:
         raise StageError(
             f"judge.tone = {c.tone!r} is no Qwen2-Audio with its processor; take one, or "
-            f"{PACKAGED!r}."
+            f"{PACKAGED!r} or {ENDPOINT!r}."
         )
     return ToneCaptioner(
         model,
         {"params": params},
         processor,
         max_new_tokens=c.tone_max_new_tokens,
+        prompt_version=c.tone_prompt_version,
         batch_size=c.batch_size,
     )
 
 
-def make_scorer(config: ConfigDict) -> Scorer:
+def make_scorer(config: ConfigDict, workdir: Path) -> Scorer | WaveScorer:
     """The scorer alone; see make_judge."""
     c = config.judge
-    if c.scorer == "rubric":
+    if c.scorer == RUBRIC:
         return RubricScorer(load_bank().rubric)
+    if c.scorer == REWARD:
+        folder = Path(c.reward.folder) if c.reward.folder else None
+        return RewardScorer(
+            *load_reward_model(config, workdir, ONE_DEVICE_LAYOUTS, folder),
+            len_buckets_s=tuple(c.reward.len_buckets_s),
+            batch_size=c.reward.batch_size,
+        )
     prompt = ScorePrompt.load(c.prompt_version)
-    if c.scorer == "endpoint":
+    if c.scorer == ENDPOINT:
         return EndpointScorer(
             ChatClient(Endpoint(**c.endpoint)),
             prompt,
@@ -121,7 +159,7 @@ def make_scorer(config: ConfigDict) -> Scorer:
             temperature=c.temperature,
             max_tokens=c.max_tokens,
         )
-    if c.scorer == "local":
+    if c.scorer == LOCAL:
         model, params, tokenizer = from_pretrained(c.local.checkpoint, dtype=c.dtype)
         if not isinstance(model, Qwen2LM) or tokenizer is None:
             raise StageError(
@@ -137,6 +175,25 @@ def make_scorer(config: ConfigDict) -> Scorer:
             batch_size=c.local.batch_size,
         )
     raise StageError(f"judge.scorer is {c.scorer!r}; choose one of {', '.join(SCORERS)}.")
+
+
+def use_labels(config: ConfigDict, queries: Sequence[Query]) -> bool:
+    """Whether styles are taken from the queries' labels: as asked, or because nobody hears them.
+
+    Raises:
+        StageError: styles of some dimensions are heard, those of others are not.
+    """
+    c = config.judge
+    if config.bench.use_labels or not any(c.analyzers.values()):
+        return True
+    asked = {query.dimension for query in queries} & set(DIMENSIONS)
+    lacking = sorted(dimension for dimension in asked if not c.analyzers[dimension])
+    if lacking and c.scorer != REWARD:
+        raise StageError(
+            f"judge.analyzers.{lacking[0]} is empty and others are not: name an analyzer, or take "
+            "all styles from the labels with --config.bench.use_labels=True."
+        )
+    return False
 
 
 def given_verdicts(path: Path, responses: Sequence[Response], answers: Path) -> list[Verdict]:

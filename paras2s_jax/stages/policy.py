@@ -27,6 +27,7 @@ from paras2s_jax.models.lora import NO_LORA
 from paras2s_jax.stages.assembly import POLICY, Assembly, assemble, policy_folder
 from paras2s_jax.stages.health import make_health, make_held_out
 from paras2s_jax.stages.registry import StageError
+from paras2s_jax.stages.reward_model import load_reward_model
 from paras2s_jax.stages.speech import BASE_FILE, data_dir, parts_dir, queries_of, speech_dir
 from paras2s_jax.train.checkpoint import Checkpointer, load_part, save_part
 from paras2s_jax.train.metrics import MetricWriter
@@ -242,9 +243,6 @@ def run_retention(config: ConfigDict, workdir: Path) -> dict[str, float]:
 
 
 def _train_grpo(config: ConfigDict, workdir: Path, folder: Path, beta: float) -> dict[str, float]:
-    # Imported here because `reward` itself stands on this module's optimizer.
-    from paras2s_jax.stages.reward import load_reward_model
-
     c = config.grpo
     made = assemble(config, workdir)
     reward_model, reward_variables = load_reward_model(config, workdir, made.layouts)

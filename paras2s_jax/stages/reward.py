@@ -6,7 +6,6 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,96 +13,18 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from paras2s_jax.align import distill, pairs
-from paras2s_jax.align.rewards import RewardModel, score_prompt
 from paras2s_jax.align.samples import judge_samples, sample
-from paras2s_jax.convert.stored import load_params, save_params
 from paras2s_jax.data.batches import Batches
 from paras2s_jax.data.records import Query, Response, Verdict, read_jsonl
-from paras2s_jax.data.tokenizer import TextTokenizer
-from paras2s_jax.models.qwen2 import Qwen2Config
-from paras2s_jax.models.qwen2_5_omni import OmniAudioConfig, Qwen2_5OmniConfig
-from paras2s_jax.models.qwen2_audio import Qwen2AudioConfig
 from paras2s_jax.models.sampling import Sampling
-from paras2s_jax.models.whisper_layers import WhisperConfig
-from paras2s_jax.stages import audio_lm
 from paras2s_jax.stages.assembly import Assembly, assemble, folder_digest, policy_folder
 from paras2s_jax.stages.judging import given_verdicts, is_told_styles, make_judge
 from paras2s_jax.stages.policy import checkpointer_of, optimizer_of
-from paras2s_jax.stages.speech import TEXT_FILE, asr_encoder, data_dir, parts_dir, queries_of
+from paras2s_jax.stages.reward_model import REWARD_MODEL, make_reward_model, save_reward_model
+from paras2s_jax.stages.speech import data_dir, queries_of
 from paras2s_jax.train import distributed
 from paras2s_jax.train.metrics import MetricWriter
-from paras2s_jax.train.sharding import Layout, Layouts
-
-# Folder of the reward model, inside the stage's own.
-REWARD_MODEL = "reward_model"
-
-
-def make_reward_model(
-    config: ConfigDict, workdir: Path, layouts: Layouts
-) -> tuple[RewardModel, dict[str, Any]]:
-    """The reward model of the config and its variables before distillation."""
-    c = config.distill.model
-    if c.checkpoint:
-        reward_model = audio_lm.reward_model_of(c)
-        folder = Path(c.checkpoint)
-        return reward_model, audio_lm.load(reward_model, folder, layouts.train, config.seed)
-    whisper, encoder = asr_encoder(config, workdir)
-    reward_model = _small(config, workdir, whisper)
-    if c.family == "qwen2_5_omni":
-        encoder = {name: encoder[name] for name in ("conv1", "conv2", "layers")} | {
-            "ln_post": encoder["layer_norm"]
-        }
-    return reward_model, reward_model.init(jax.random.key(config.seed), encoder)
-
-
-def _small(config: ConfigDict, workdir: Path, whisper: WhisperConfig) -> RewardModel:
-    """A small one around the recogniser's encoder, with the policy's own tokenizer."""
-    c = config.distill.model
-    tokenizer = TextTokenizer.load(parts_dir(config, workdir) / TEXT_FILE)
-    text, slot = Qwen2Config(tokenizer.vocab_size + 1, **c.text), tokenizer.vocab_size
-    if c.family == "qwen2_audio":
-        sizes = Qwen2AudioConfig(whisper, text, slot)
-    elif c.family == "qwen2_5_omni":
-        audio = OmniAudioConfig(
-            **dataclasses.asdict(whisper) | c.audio.to_dict(), output_dim=text.hidden_size
-        )
-        sizes = Qwen2_5OmniConfig(audio, text, slot)
-    else:
-        raise ValueError(
-            f"distill.model.family is {c.family!r}; choose {' or '.join(audio_lm.FAMILIES)}"
-        )
-    model = audio_lm.with_settings(c, audio_lm.FAMILIES[c.family](sizes))
-    return RewardModel(model, score_prompt(tokenizer))
-
-
-def load_reward_model(
-    config: ConfigDict, workdir: Path, layouts: Layouts
-) -> tuple[RewardModel, dict[str, Any]]:
-    """The reward model that `distill` left."""
-    folder = workdir / "distill" / REWARD_MODEL
-    if config.distill.model.checkpoint:
-        reward_model = audio_lm.reward_model_of(config.distill.model)
-        return reward_model, audio_lm.load(reward_model, folder, layouts.train)
-    reward_model = _small(config, workdir, asr_encoder(config, workdir)[0])
-    return reward_model, load_params(folder / "params")[0]
-
-
-def _save(
-    config: ConfigDict, reward_model: RewardModel, variables: dict[str, Any], folder: Path
-) -> None:
-    c = config.distill
-    if c.model.checkpoint:
-        base = Path(c.model.checkpoint)
-        audio_lm.save(reward_model, variables, folder, base, c.trainable)
-    else:
-        save_params(folder / "params", variables, {})
-
-
-def outline_reward_model(config: ConfigDict, workdir: Path = Path()) -> RewardModel:
-    """As `make_reward_model`, for plans: no checkpoint needs to be there."""
-    if config.distill.model.checkpoint:
-        return audio_lm.outline(config.distill.model)
-    return _small(config, workdir, asr_encoder(config, workdir)[0])
+from paras2s_jax.train.sharding import Layout
 
 
 def run_distill(config: ConfigDict, workdir: Path) -> dict[str, float]:
@@ -138,7 +59,7 @@ def run_distill(config: ConfigDict, workdir: Path) -> dict[str, float]:
         max_skipped=c.max_skipped,
         writer=MetricWriter(folder),
     )
-    _save(config, reward_model, trained, folder / REWARD_MODEL)
+    save_reward_model(config, reward_model, trained, folder / REWARD_MODEL)
     predicted = distill.predict(
         reward_model,
         trained,

@@ -126,7 +126,7 @@ def test_write_submit_collect(made, tmp_path):
         "the reply is not the JSON asked for (Invalid JSON",
     ]
     # What failed is pending still; what was scored is not asked for again.
-    assert {pending.heard for pending in scores.pending(heard).values()} == set(heard[1:])
+    assert {pending.item for pending in scores.pending(heard).values()} == set(heard[1:])
     assert not list(folder.iterdir())
 
 

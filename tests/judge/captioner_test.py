@@ -12,10 +12,11 @@ from flax import linen as nn
 from paras2s_jax.audio import wave as wave_lib
 from paras2s_jax.data.audio_chat import QWEN2_AUDIO_TEMPLATE, AudioChat
 from paras2s_jax.data.records import Query, Response
-from paras2s_jax.judge.captioner import ToneCaptioner, parse_tone
+from paras2s_jax.judge.captioner import ToneCaptioner
 from paras2s_jax.judge.chain import Judge
 from paras2s_jax.judge.interfaces import Failure, Score, Transcript
 from paras2s_jax.judge.ledger import Ledger
+from paras2s_jax.judge.tone_prompt import parse_tone
 from paras2s_jax.models.qwen2 import Qwen2Config
 from paras2s_jax.models.qwen2_audio import Qwen2Audio, Qwen2AudioConfig
 from paras2s_jax.models.whisper_layers import WhisperConfig
@@ -73,10 +74,10 @@ def captioner(processor):
 def test_every_wave_gets_its_own_reply(captioner):
     rng = np.random.default_rng(0)
     waves = [rng.normal(0, 0.3, size).astype(np.float32) for size in (9000, 800, 12_345)]
-    together = captioner.caption(waves)
-    assert [reply.reason for reply in together] == ["the reply does not end"] * 3
-    assert together == [captioner.caption([wave])[0] for wave in waves]
-    assert captioner.caption([]) == []
+    together = dict(captioner.caption(waves))
+    assert [together[at].reason for at in range(3)] == ["the reply does not end"] * 3
+    assert together == {at: dict(captioner.caption([wave]))[0] for at, wave in enumerate(waves)}
+    assert list(captioner.caption([])) == []
 
 
 def test_identity_names_weights_and_prompt(captioner):
@@ -90,7 +91,8 @@ class FreeWords:
     model_id, settings, max_dur_s = "free", {}, 2.0
 
     def caption(self, waves):
-        return ["eager" if wave.max() > 0.2 else Failure("no reply", raw="…") for wave in waves]
+        for index, wave in enumerate(waves):
+            yield index, "eager" if wave.max() > 0.2 else Failure("no reply", raw="…")
 
 
 class Words:

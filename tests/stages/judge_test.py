@@ -2,6 +2,7 @@
 
 import importlib
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -153,9 +154,9 @@ def test_scorers_by_config(monkeypatch):
     from paras2s_jax.data.endpoint import EndpointError
 
     with pytest.raises(EndpointError, match="OPENAI_API_KEY"):
-        make_scorer(config)
+        make_scorer(config, Path())
     monkeypatch.setenv("OPENAI_API_KEY", "x")
-    assert make_scorer(config).name == "gpt-4.1"
+    assert make_scorer(config, Path()).name == "gpt-4.1"
     config.judge.scorer = "oracle"
-    with pytest.raises(StageError, match="choose one of rubric, endpoint, local"):
-        make_scorer(config)
+    with pytest.raises(StageError, match="choose one of rubric, endpoint, local, reward"):
+        make_scorer(config, Path())

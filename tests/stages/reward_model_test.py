@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from paras2s_jax.models.qwen2_5_omni import Qwen2_5OmniThinker
-from paras2s_jax.stages.reward import make_reward_model, outline_reward_model
+from paras2s_jax.stages.reward_model import make_reward_model, outline_reward_model
 from paras2s_jax.train.sharding import Layouts
 
 
