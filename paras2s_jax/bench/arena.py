@@ -16,6 +16,7 @@ import scipy.optimize
 
 from paras2s_jax.bench.aggregate import BenchError
 from paras2s_jax.data.records import Query, Verdict
+from paras2s_jax.judge.agreement import Rating
 
 Winner = Literal["first", "second", "tie"]
 # Elo's scale: 400 points are odds of 10 to 1; the mean of the systems is put at 1000.
@@ -73,22 +74,36 @@ def votes_from_scores(
     verdicts: of all systems; samples of an answer are averaged, failed ones left out.
     pairs: of systems; by default all.
     """
-    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    judges = {}
-    for verdict in verdicts:
-        judges[verdict.query_id] = verdict.judge
-        if not math.isnan(verdict.score):
-            found[verdict.query_id][verdict.system].append(verdict.score)
-    systems = sorted({verdict.system for verdict in verdicts})
+    rows = [(v.judge, v.query_id, v.system, v.score) for v in verdicts]
+    return _votes(rows, pairs, margin)
+
+
+def votes_from_ratings(
+    ratings: Sequence[Rating], pairs: Iterable[tuple[str, str]] = (), margin: float = 0.0
+) -> list[Vote]:
+    """As `votes_from_scores`, of people: each compares what he or she rated of one query."""
+    rows = [(r.rater, r.query_id, r.system, float(r.score)) for r in ratings]
+    return _votes(rows, pairs, margin)
+
+
+def _votes(
+    rows: Sequence[tuple[str, str, str, float]], pairs: Iterable[tuple[str, str]], margin: float
+) -> list[Vote]:
+    """rows: (judge, query, system, score)."""
+    found: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for judge, query_id, system, score in rows:
+        if not math.isnan(score):
+            found[query_id, judge][system].append(score)
+    systems = sorted({system for _, _, system, _ in rows})
     pairs = list(pairs) or list(itertools.combinations(systems, 2))
     votes = []
-    for query_id, by_system in sorted(found.items()):
+    for (query_id, judge), by_system in sorted(found.items()):
         means = {system: float(np.mean(scores)) for system, scores in by_system.items()}
         for a, b in pairs:
             if a in means and b in means:
                 for first, second in ((a, b), (b, a)):
                     winner = _winner(means[first] - means[second], margin)
-                    votes.append(Vote(query_id, first, second, winner, judges[query_id]))
+                    votes.append(Vote(query_id, first, second, winner, judge))
     return votes
 
 

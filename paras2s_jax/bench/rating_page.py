@@ -10,14 +10,15 @@ import json
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from paras2s_jax.audio import wave as wave_lib
-from paras2s_jax.bench import page, sounds, tables
+from paras2s_jax.bench import page, sounds
 from paras2s_jax.bench.aggregate import BenchError, column_of
 from paras2s_jax.bench.cards import answer_wav, query_wav
-from paras2s_jax.bench.rows import AnswerRow, read_queries, read_rows
+from paras2s_jax.bench.rows import AnswerRow, read_benches, read_queries, read_rows
 from paras2s_jax.judge.agreement import RATING_COLUMNS
 
 # What each score means, 1 to 5: in a word, and in a sentence.
@@ -30,23 +31,32 @@ LEVELS = (
 )
 
 
+class Pair(NamedTuple):
+    """An answer, and where it is heard."""
+
+    row: AnswerRow
+    wav: Path
+
+
 def write_rating_page(
-    folder: Path,
+    folders: Sequence[Path],
     root: Path,
     out: Path,
     *,
     num_pairs: int,
     seed: int,
+    together: bool = False,
     max_mb: float = 32.0,
 ) -> Path:
-    """Writes the page from the files of a bench.
+    """Writes the page from the files of benches.
 
     Args:
-        folder: of `run.bench`.
+        folders: of `run.bench`.
         root: the queries' wavs are relative to it.
         out: the page, for instance rate/index.html.
         num_pairs: pairs of a query and an answer, drawn evenly from systems and columns.
         seed: of the draw and of the raters' orders.
+        together: draws queries instead, and all answers to each, for comparisons of systems.
         max_mb: of sound inside the page (FLAC); beyond that, wavs lie in <page>_sounds/ beside it
             and have to be given to raters with it.
 
@@ -54,23 +64,21 @@ def write_rating_page(
         out.
 
     Raises:
-        BenchError: the bench has fewer answers than `num_pairs`.
+        BenchError: there are fewer answers than `num_pairs`, or two systems of one name.
     """
-    folder, root, out = Path(folder), Path(root), Path(out)
-    results = tables.read_results(folder)
-    queries = read_queries(folder)
-    rows = [
-        row
-        for system in results.systems
-        for row in read_rows(folder, queries, system.name)
-        if not row.response.error
-    ]
-    picked = draw(rows, num_pairs, seed)
+    root, out = Path(root), Path(out)
+    pairs = []
+    for folder, results in read_benches(folders):
+        queries = read_queries(folder)
+        for system in results.systems:
+            rows = read_rows(folder, queries, system.name)
+            pairs += [Pair(row, answer_wav(row, folder)) for row in rows if not row.response.error]
+    picked = draw(pairs, num_pairs, seed, together=together)
     wavs: dict[Path, int] = {}
     items = []
-    for row in picked:
-        pair = query_wav(row.query, root), answer_wav(row, folder)
-        query, answer = (wavs.setdefault(wav, len(wavs)) for wav in pair)
+    for row, wav in picked:
+        heard = query_wav(row.query, root), wav
+        query, answer = (wavs.setdefault(path, len(wavs)) for path in heard)
         items.append({"key": _hidden(row), "query": query, "answer": answer})
     pages = {"items": items, "columns": RATING_COLUMNS}
     pages["id"] = hashlib.sha256(json.dumps([seed, items]).encode()).hexdigest()[:16]
@@ -80,29 +88,40 @@ def write_rating_page(
         scripts=("rating.js",),
         title="How well does the answer fit?",
         levels=LEVELS,
-        num_pairs=num_pairs,
+        num_pairs=len(items),
         data=pages | {"sounds": _sources(list(wavs), out, max_mb)},
     )
     return page.write(out, text)
 
 
-def draw(rows: Sequence[AnswerRow], num_pairs: int, seed: int) -> list[AnswerRow]:
-    """`num_pairs` answers in random order, as evenly as there are from each system and column."""
-    if not 0 < num_pairs <= len(rows):
+def draw(pairs: Sequence[Pair], num_pairs: int, seed: int, *, together: bool = False) -> list[Pair]:
+    """`num_pairs` answers in random order, as evenly as there are from each system and column.
+
+    together: as evenly from each column, all answers to one query at a time, so that the last
+    query may bring some more than `num_pairs`.
+    """
+    if not 0 < num_pairs <= len(pairs):
         raise BenchError(
-            f"cannot draw {num_pairs} pairs: the bench has {len(rows)} answers; ask for 1 to "
-            f"{len(rows)}."
+            f"cannot draw {num_pairs} pairs: the bench has {len(pairs)} answers; ask for 1 to "
+            f"{len(pairs)}."
         )
     rng = np.random.default_rng(seed)
+    units: dict[str | int, list[Pair]] = defaultdict(list)
+    for number, pair in enumerate(pairs):
+        units[pair.row.query.id if together else number].append(pair)
     strata = defaultdict(list)
-    for row in rows:
-        strata[column_of(row.query), row.response.system].append(row)
+    for unit in units.values():
+        row = unit[0].row
+        strata[column_of(row.query), "" if together else row.response.system].append(unit)
     shuffled = [[part[i] for i in rng.permutation(len(part))] for part in strata.values()]
     # Which strata give one more than the others is random, too.
     shuffled = [shuffled[i] for i in rng.permutation(len(shuffled))]
     longest = max(map(len, shuffled))
-    turns = [part[turn] for turn in range(longest) for part in shuffled if turn < len(part)]
-    return [turns[i] for i in rng.permutation(num_pairs)]
+    turns = (part[turn] for turn in range(longest) for part in shuffled if turn < len(part))
+    picked: list[Pair] = []
+    while len(picked) < num_pairs:
+        picked += next(turns)
+    return [picked[i] for i in rng.permutation(len(picked))]
 
 
 def _hidden(row: AnswerRow) -> str:

@@ -1,10 +1,13 @@
 """Answers of a bench with all that was found about them, read back from its folder."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
+from paras2s_jax.bench import tables
 from paras2s_jax.bench.aggregate import REAL, BenchError, column_of
 from paras2s_jax.bench.ear import Hearing
+from paras2s_jax.bench.tables import Results
 from paras2s_jax.data.records import Query, Response, Verdict, read_jsonl
 
 
@@ -21,6 +24,21 @@ class AnswerRow:
     verdict: Verdict
     swapped: Verdict | None
     hearing: Hearing | None
+
+
+def read_benches(folders: Sequence[Path]) -> list[tuple[Path, Results]]:
+    """Benches side by side; BenchError where two of their systems have one name."""
+    found = [(Path(folder), tables.read_results(Path(folder))) for folder in folders]
+    seen: dict[str, Path] = {}
+    for folder, results in found:
+        for system in results.systems:
+            if system.name in seen:
+                raise BenchError(
+                    f"{seen[system.name]} and {folder} both have a system {system.name!r}: give "
+                    "each a name of its own (--config.system.name)."
+                )
+            seen[system.name] = folder
+    return found
 
 
 def read_queries(folder: Path) -> list[Query]:

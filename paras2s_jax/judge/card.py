@@ -19,6 +19,7 @@ from paras2s_jax.judge.agreement import Agreement, Ranking
 # What a judge must reach to be believed: (figure, at least or at most, limit, in words).
 REQUIREMENTS = (
     ("judge/probe_order", "at least", 0.85, "probes in their order of merit"),
+    ("judge/echo_order", "at least", 0.85, "fitting answers above an echo of the query"),
     ("judge/probe/silence", "at most", 1.5, "mean score of silence"),
     ("judge/probe/noise", "at most", 1.5, "mean score of noise"),
     ("judge/probe_failed", "at most", 0.05, "probes without a score"),

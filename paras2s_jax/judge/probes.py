@@ -22,6 +22,9 @@ from paras2s_jax.judge.chain import Judge
 # wrong_words: the words for the other style, in the tone for this one.
 RANKS = {"fitting": 3, "wrong_style": 2, "wrong_words": 1, "noise": 0, "silence": 0}
 SPOKEN = ("fitting", "wrong_style", "wrong_words")
+# A model that plays the query back. It says no answer in the very voice of the user; where it
+# stands among the others is open, but for the fitting answers, which are above it.
+ECHO = "echo"
 
 NOISE_DUR_S = 1.5
 NOISE_RMS = 0.05
@@ -82,7 +85,12 @@ def run(
     *,
     use_labels: bool = False,
 ) -> tuple[dict[str, float], list[Verdict]]:
-    """Judges the probes. Returns: the figures of `figures_of`, and the verdicts in order."""
+    """Judges the probes, and an echo of each query.
+
+    Returns: the figures of `figures_of`, and the verdicts in order, those on echoes last.
+    """
+    queries = {probe.query.id: probe.query for probe in probes}
+    probes = [*probes, *(_echo(query, query_dir) for query in queries.values())]
     pairs = [
         (probe.query, query_dir / probe.query.wav, probe.response, probe.wav) for probe in probes
     ]
@@ -94,7 +102,8 @@ def figures_of(probes: Sequence[Probe], verdicts: Sequence[Verdict]) -> dict[str
     """The judge's card.
 
     judge/probe_order: share of pairs within a query, of different rank, scored in the right order
-        (a tie or a failed verdict is a wrong one); judge/probe/<kind>: mean score;
+        (a tie or a failed verdict is a wrong one); judge/echo_order: share of queries whose
+        fitting answer is above their echo; judge/probe/<kind>: mean score;
     judge/probe_failed: share of failed verdicts;
     judge/style_accuracy, judge/tone_accuracy, judge/word_error: of the stages, where the truth is
         known (word_error over the spoken probes, after normalisation).
@@ -102,8 +111,13 @@ def figures_of(probes: Sequence[Probe], verdicts: Sequence[Verdict]) -> dict[str
     by_query: dict[str, dict[str, float]] = {}
     for probe, verdict in zip(probes, verdicts, strict=True):
         by_query.setdefault(probe.query.id, {})[probe.kind] = verdict.score
-    figures = {"judge/probe_order": order_share(by_query.values())}
-    for kind in RANKS:
+    ranked = [{kind: kinds[kind] for kind in RANKS if kind in kinds} for kinds in by_query.values()]
+    echoed = [kinds for kinds in by_query.values() if ECHO in kinds]
+    figures = {
+        "judge/probe_order": order_share(ranked),
+        "judge/echo_order": _mean([kinds["fitting"] > kinds[ECHO] for kinds in echoed]),
+    }
+    for kind in (*RANKS, ECHO):
         scores = [kinds[kind] for kinds in by_query.values() if kind in kinds]
         figures[f"judge/probe/{kind}"] = _mean([s for s in scores if not math.isnan(s)])
     figures["judge/probe_failed"] = _mean([math.isnan(verdict.score) for verdict in verdicts])
@@ -148,6 +162,11 @@ def _spoken_clip(kind: str, query: Query, bank: Bank, seed: int) -> speaking.Cli
         text=text,
         delivery=styles.tone_delivery(tone, rng),
     )
+
+
+def _echo(query: Query, query_dir: Path) -> Probe:
+    response = Response(query.id, f"probe_{ECHO}", 0, query.text, query.wav, dur_s=query.dur_s)
+    return Probe(ECHO, query, response, query_dir / query.wav)
 
 
 def _wordless(seed: int, query: Query) -> dict[str, np.ndarray]:

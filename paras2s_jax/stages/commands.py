@@ -74,6 +74,7 @@ class Command:
         run: called with one keyword argument per flag.
         takes_config: whether it is given a config and a workdir as a stage is, besides; `run` then
             gets them as `config` and `workdir`.
+        operands: what it is given beside flags, in words; `run` gets them as `folders`.
     """
 
     name: str
@@ -81,13 +82,14 @@ class Command:
     flags: tuple[Flag, ...]
     run: Callable[..., object]
     takes_config: bool = False
+    operands: str = ""
 
     def usage(self, prefix: str = "paras2s") -> str:
         """The text of `--help`."""
         width = max((len(flag.name) for flag in self.flags), default=0)
         rows = [f"  --{flag.name:<{width}}  {flag.help}" for flag in self.flags]
         config = ["--config=FILE[:ARG] [--workdir=DIR] [--config.key=value …]"]
-        given = config if self.takes_config else []
+        given = config if self.takes_config else [self.operands] if self.operands else []
         line = " ".join([prefix, self.name, *given, *(flag.usage for flag in self.flags)])
         return "\n".join([line, "", self.help, *(["", "flags:", *rows] if rows else [])])
 
@@ -103,9 +105,10 @@ class Command:
         self.define(values)
         values.set_gnu_getopt()
         stray = values([self.name, *argv])[1:]
-        if stray:
-            raise UsageError(f"unexpected argument {stray[0]!r}: {self.usage().splitlines()[0]}")
-        return self.given(values)
+        if bool(stray) != bool(self.operands):
+            problem = f"unexpected argument {stray[0]!r}" if stray else f"no {self.operands} given"
+            raise UsageError(f"{problem}: {self.usage().splitlines()[0]}")
+        return self.given(values) | ({"folders": stray} if self.operands else {})
 
     def define(self, values: flags.FlagValues) -> None:
         """Adds its flags to a set of absl flags."""
@@ -208,6 +211,43 @@ COMMANDS: dict[str, Command] = {
             ),
             Lazy("paras2s_jax.stages.judge", "run"),
             takes_config=True,
+        ),
+        Command(
+            "arena",
+            "systems of several runs against each other: Bradley-Terry ratings with intervals",
+            (
+                Flag(
+                    "by",
+                    "whose scores decide: of the runs' judge, or of people",
+                    "judge",
+                    choices=("judge", "people"),
+                ),
+                Flag("ratings", "CSV of the rating page, for --by=people", None),
+                Flag("margin", "scores that differ by no more are a tie", 0.0, float),
+                Flag("num_resamples", "of the bootstrap over sentences", 500, int),
+                Flag("seed", "of the bootstrap", 0, int),
+                Flag("output", "folder of tables and votes", "runs/arena"),
+            ),
+            Lazy("paras2s_jax.stages.arena", "run"),
+            operands="RUN RUN …",
+        ),
+        Command(
+            "rate",
+            "a page on which people rate answers of one run or several, by ear, from 1 to 5",
+            (
+                Flag("queries", "queries.jsonl that the runs answered"),
+                Flag("pairs", "exchanges to rate", 60, int, argument="num_pairs"),
+                Flag(
+                    "together",
+                    "whether all answers to a drawn query are rated, as the arena needs",
+                    True,
+                    bool,
+                ),
+                Flag("seed", "of the draw and of the raters' orders", 0, int),
+                Flag("output", "folder of the page", "runs/rating"),
+            ),
+            Lazy("paras2s_jax.stages.arena", "rate"),
+            operands="RUN …",
         ),
         Command(
             "attack",

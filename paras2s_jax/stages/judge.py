@@ -94,7 +94,7 @@ def run(
         sentences_per_column=config.bench.sentences_in_report,
     )
     rating = write_rating_page(
-        folder / BENCH, root, folder / "rating" / "index.html",
+        [folder / BENCH], root, folder / "rating" / "index.html",
         num_pairs=min(config.bench.num_rated_pairs, results.systems[0].scores[MEAN].num_scored),
         seed=config.seed,
     )  # fmt: skip
@@ -191,10 +191,14 @@ def _batch(
 
 def compare(folders: Sequence[str], out: str) -> Path:
     """A leaderboard of finished benches: their folders, or those of the runs around them."""
-    benches = [
+    page = write_leaderboard(benches_of(folders), Path(out))
+    print(f"open {page}")
+    return page
+
+
+def benches_of(folders: Sequence[str]) -> list[Path]:
+    """Folders of benches: those given, or the ones inside runs."""
+    return [
         path / BENCH if (path / BENCH / "results.json").is_file() else path
         for path in map(Path, folders)
     ]
-    page = write_leaderboard(benches, Path(out))
-    print(f"open {page}")
-    return page

@@ -6,6 +6,7 @@ import pytest
 from paras2s_jax.bench import arena
 from paras2s_jax.bench.aggregate import BenchError
 from paras2s_jax.bench.arena import Vote
+from paras2s_jax.judge.agreement import Rating
 
 
 def both_orders(query_id, a, b, winner):
@@ -72,6 +73,18 @@ def test_votes_follow_scores_and_leave_out_failures(make):
         ("q1", "b", "second"),
     ]
     assert {v.winner for v in arena.votes_from_scores(verdicts, margin=1.0)} == {"tie"}
+
+
+def test_people_vote_by_their_own_ratings():
+    given = [("ann", "a", 4), ("ann", "b", 2), ("bob", "a", 3), ("bob", "b", 3), ("cy", "a", 1)]
+    votes = arena.votes_from_ratings([Rating(who, "q", s, 0, score) for who, s, score in given])
+    # Ann prefers a, in both orders; Bob neither; Cy rated one of the two.
+    assert [(v.judge, v.first, v.winner) for v in votes] == [
+        ("ann", "a", "first"),
+        ("ann", "b", "second"),
+        ("bob", "a", "tie"),
+        ("bob", "b", "tie"),
+    ]
 
 
 def test_impossible_arenas_are_refused(make):

@@ -7,6 +7,7 @@ import pytest
 
 from paras2s_jax.bench import rating_page
 from paras2s_jax.bench.aggregate import BenchError
+from paras2s_jax.bench.rows import read_benches
 from paras2s_jax.data.records import Query, Response, read_jsonl, write_jsonl
 from paras2s_jax.judge.agreement import SCALE, read_ratings
 
@@ -23,7 +24,12 @@ def benched(asked, bench_of, make):
 
 def write(root, num_pairs=6, seed=3, **fields):
     return rating_page.write_rating_page(
-        root / "bench", root, root / "rate" / "index.html", num_pairs=num_pairs, seed=seed, **fields
+        [root / "bench"],
+        root,
+        root / "rate" / "index.html",
+        num_pairs=num_pairs,
+        seed=seed,
+        **fields,
     )
 
 
@@ -42,6 +48,18 @@ def test_pairs_come_evenly_from_systems_and_columns(benched):
     assert set(strata.values()) == {2} and len(strata) == 4
     assert items_of(write(benched, num_pairs=8)) == items
     assert items_of(write(benched, num_pairs=8, seed=4)) != items
+
+
+def test_for_comparisons_all_answers_to_a_query_are_drawn(benched):
+    items = items_of(write(benched, num_pairs=7, together=True))
+    # 4 queries of two systems each, 2 of each dimension.
+    assert len(items) == 8 and set(Counter(query_id for query_id, *_ in items).values()) == {2}
+    assert Counter(query_id.split("-")[0] for query_id, *_ in items) == {"emotion": 4, "age": 4}
+
+
+def test_two_systems_of_one_name_are_told_apart_first(benched):
+    with pytest.raises(BenchError, match="both have a system 'telltale': give each a name"):
+        read_benches([benched / "bench", benched / "bench"])
 
 
 @pytest.mark.parametrize("num_pairs", [0, 17])

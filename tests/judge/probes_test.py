@@ -93,7 +93,8 @@ def test_all_knowing_judge_orders_every_pair(bank, tmp_path):
     made = probes.build(queries, bank, tmp_path / "probes", seed=3)
     assert len(made) == 5 * len(queries)
     figures, verdicts = probes.run(_judge(bank, made, tmp_path), made, tmp_path, use_labels=True)
-    assert [verdict.status for verdict in verdicts] == ["ok"] * len(made)
+    assert [verdict.status for verdict in verdicts] == ["ok"] * (len(made) + len(queries))
+    assert figures["judge/echo_order"] == 1.0 and figures["judge/probe/echo"] < 2.5
     assert figures["judge/probe_order"] == 1.0
     assert figures["judge/probe/silence"] == figures["judge/probe/noise"] == 1.0
     assert figures["judge/probe/fitting"] == pytest.approx(5.0)
@@ -107,6 +108,8 @@ def test_tone_deaf_judge_is_found_out(bank, tmp_path):
     made = probes.build(queries, bank, tmp_path / "probes", seed=3)
     judge = _judge(bank, made, tmp_path, deaf_to_tone=True)
     figures, _ = probes.run(judge, made, tmp_path, use_labels=True)
+    # Echoes are heard as well, and no part of the order.
+    assert not math.isnan(figures["judge/probe/echo"])
     # Fitting words score alike in both tones: that pair of the nine is lost, no other.
     assert figures["judge/probe_order"] == pytest.approx(8 / 9)
 

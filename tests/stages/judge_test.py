@@ -21,6 +21,7 @@ from paras2s_jax.stages.registry import StageError
 judge_stage = importlib.import_module("paras2s_jax.stages.judge")
 
 STYLES = ("sad", "surprised")
+BOTH = (("one", 2), ("two", 4))
 
 
 class Ear:
@@ -144,6 +145,35 @@ def test_leaderboard_of_two_runs(asked, tmp_path, fake_judge, capsys):
     text = (out / "leaderboard.md").read_text()
     assert "one" in text and "two" in text
     assert cli.main(["paras2s", "report", str(tmp_path), f"--output={out}"]) == 2
+    arena = [*runs, f"--output={tmp_path / 'arena'}", "--num_resamples=20"]
+    assert cli.main(["paras2s", "arena", *arena]) == 0
+    # The same answers: every game is drawn.
+    table = (tmp_path / "arena" / "arena.md").read_text()
+    assert "| 1 | one | 1000 [1000, 1000] | 200 | – | 50% |" in table
+    assert len((tmp_path / "arena" / "votes.jsonl").read_text().splitlines()) == 400
+    rate = [f"--queries={asked}", "--pairs=10", f"--output={tmp_path / 'rate'}"]
+    assert cli.main(["paras2s", "rate", *runs, *rate]) == 0
+    csv = tmp_path / "ratings.csv"
+    rows = [f"ann,q{q},{system},0,{score}" for q in range(3) for system, score in BOTH]
+    csv.write_text("\n".join(["rater,query_id,system,sample,score", *rows]))
+    assert cli.main(["paras2s", "arena", *arena, "--by=people", f"--ratings={csv}"]) == 0
+    assert "| 1 | two |" in (tmp_path / "arena" / "arena.md").read_text()
+    capsys.readouterr()
+    assert cli.main(["paras2s", "arena", *arena, "--by=people"]) == 2
+    assert "--ratings=CSV and --by=people go together" in capsys.readouterr().err
+    assert cli.main(["paras2s", "arena", runs[0], runs[0]]) == 2
+    assert "both have a system 'one'" in capsys.readouterr().err
+    assert cli.main(["paras2s", "arena"]) == 2
+    assert "no RUN RUN … given" in capsys.readouterr().err
+
+
+def test_runs_of_different_judges_do_not_meet(asked, tmp_path, fake_judge, monkeypatch, capsys):
+    source = f"--config.system.source={tmp_path / 'answers'}"
+    assert run(asked, tmp_path / "one", source, "--config.system.name=one") == 0
+    monkeypatch.setattr(Scorer, "version", "2")
+    assert run(asked, tmp_path / "two", source, "--config.system.name=two") == 0
+    assert cli.main(["paras2s", "arena", str(tmp_path / "one"), str(tmp_path / "two")]) == 2
+    assert "cannot meet: another scorer (levels-2 instead of levels-1)" in capsys.readouterr().err
 
 
 def test_scorers_by_config(monkeypatch):
