@@ -25,6 +25,8 @@ from paras2s_jax.audio import wave as wave_lib
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 # So many failures in a row, without one success between, are a server that is gone.
 GIVE_UP_AFTER = 16
+# Kind of the failures of calls that were not made because enough was spent.
+SPEND_CAP = "spend cap"
 
 
 class EndpointError(RuntimeError):
@@ -159,7 +161,7 @@ class ChatClient:
         endpoint = self.endpoint
         if endpoint.usd_cap and self.usd >= endpoint.usd_cap:
             return CallFailure(
-                "spend cap",
+                SPEND_CAP,
                 f"${self.usd:.2f} of ${endpoint.usd_cap:.2f} are spent; raise usd_cap to go on",
             )
         self._pace.wait()

@@ -8,6 +8,7 @@ Each filter is a question of its own; a reply that is no yes or no rejects the s
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from rapidfuzz import fuzz, process
 from tqdm import tqdm
 
 from paras2s_jax.data.bank import Sentence
-from paras2s_jax.data.endpoint import CallFailure, ChatClient, EndpointError, Reply
+from paras2s_jax.data.endpoint import SPEND_CAP, CallFailure, ChatClient, EndpointError, Reply
 from paras2s_jax.data.records import append_jsonl, read_jsonl
 from paras2s_jax.data.tokenizer import normalize
 
@@ -57,10 +58,40 @@ class Candidate:
     status: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Expected:
+    """What sentences will take of the server, before it is asked."""
+
+    calls: int
+    tokens_in: int
+    tokens_out: int
+
+
+# Of English text and of JSON around it, for estimates.
+CHARS_PER_TOKEN = 4
+# What a reply to a proposal or to a filter is long, per sentence.
+PROPOSAL_TOKENS, FILTER_TOKENS = 80, 40
+_SENTENCE_CHARS = 60
+
+
 class _Answer(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(strict=True)
     reason: str
     answer: bool
+
+
+def expected(num_wanted: int, keep_share: float) -> Expected:
+    """Of one dimension, if `keep_share` of what is proposed passes the filters."""
+    proposed = math.ceil(num_wanted / keep_share)
+    rounds = math.ceil(proposed / PER_CALL)
+    asked = proposed * len(FILTERS)
+    length = {name: len(_prompt(name)) // CHARS_PER_TOKEN for name in ("propose", *FILTERS)}
+    per_sentence = sum(length[name] + _SENTENCE_CHARS // CHARS_PER_TOKEN for name in FILTERS)
+    return Expected(
+        calls=rounds + asked,
+        tokens_in=rounds * length["propose"] + proposed * per_sentence,
+        tokens_out=proposed * PROPOSAL_TOKENS + asked * FILTER_TOKENS,
+    )
 
 
 def write_sentences(
@@ -88,7 +119,7 @@ def write_sentences(
 
     Raises:
         EndpointError: the server answers nothing, or nothing that can be used, MAX_DRY_ROUNDS
-            times.
+            times, or the spend cap is reached.
     """
     path = folder / "candidates.jsonl"
     seen = read_jsonl(path, Candidate, partial_tail=True) if path.is_file() else []
@@ -161,22 +192,28 @@ def _without_twins(candidates: Sequence[Candidate], texts: list[str]) -> list[Ca
 
 
 def _judge(client: ChatClient, candidates: Sequence[Candidate]) -> Iterator[Candidate]:
-    """Puts the filters' questions, one filter after the other, to what is left."""
+    """Puts the filters' questions, one filter after the other, to what is left.
+
+    A sentence about which no answer came is left out: nothing is known against it.
+    """
     status = {index: candidate.status for index, candidate in enumerate(candidates)}
     for name, wanted in FILTERS.items():
         todo = [index for index in status if not status[index]]
         bodies = [_body(_question(name, candidates[index]), 0) for index in todo]
         for at, reply in client.chat_many(bodies):
+            if isinstance(reply, CallFailure):
+                if reply.kind == SPEND_CAP:
+                    raise EndpointError(f"{reply.message}; what was written is kept")
+                del status[todo[at]]
+                continue
             problem = _verdict(reply, wanted)
             status[todo[at]] = f"{name}: {problem}" if problem else ""
-    for index, candidate in enumerate(candidates):
-        yield dataclasses.replace(candidate, status=status[index] or KEPT)
+    for index, problem in status.items():
+        yield dataclasses.replace(candidates[index], status=problem or KEPT)
 
 
-def _verdict(reply: Reply | CallFailure, wanted: bool) -> str:
+def _verdict(reply: Reply, wanted: bool) -> str:
     """Why the sentence fails, "" if it passes."""
-    if isinstance(reply, CallFailure):
-        return f"no answer ({reply.kind})"
     try:
         found = _Answer.model_validate_json(reply.text)
     except pydantic.ValidationError:

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from tqdm import tqdm
+
 from paras2s_jax.audio import wave as wave_lib
 from paras2s_jax.data.records import Query, append_jsonl, read_jsonl
 from paras2s_jax.judge.interfaces import WaveNamer
@@ -45,11 +47,14 @@ def choose_takes(
         ValueError: an analyzer is missing or does not know a style.
         AudioError: a take cannot be read.
     """
-    known = read_jsonl(log, Choice, partial_tail=True) if log and log.is_file() else []
-    choices = {choice.query_id: choice for choice in known}
+    logged = read_jsonl(log, Choice, partial_tail=True) if log and log.is_file() else []
+    choices = {choice.query_id: choice for choice in logged}
     kept = []
-    for query_id, options in takes.items():
-        if query_id not in choices:
+    for query_id, options in tqdm(takes.items(), desc="choose takes", unit="query"):
+        known = choices.get(query_id)
+        # Takes may have become more, or others, since.
+        is_of_these = known is not None and known.wav in {take.wav for take in options}
+        if not is_of_these or known.num_takes != len(options):
             choices[query_id] = _choose(query_id, options, root, analyzers, min_prob)
             if log:
                 append_jsonl(log, choices[query_id])

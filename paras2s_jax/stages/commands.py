@@ -250,6 +250,31 @@ COMMANDS: dict[str, Command] = {
             operands="RUN …",
         ),
         Command(
+            "write_queries",
+            "new spoken queries: a language model writes, three filters and the analyzers choose",
+            (
+                Flag(
+                    "dry_run",
+                    "says what it would ask, speak and cost, and does nothing",
+                    False,
+                    bool,
+                ),
+            ),
+            Lazy("paras2s_jax.stages.query_sources", "write"),
+            takes_config=True,
+        ),
+        Command(
+            "import_queries",
+            "queries from your licensed copy of IEMOCAP or MELD, or from StyleTalk's CSV files",
+            (
+                Flag("from", "whose", argument="corpus", choices=("iemocap", "meld", "styletalk")),
+                Flag("source", "folder that holds the corpus as released, or a CSV of StyleTalk"),
+                Flag("waves", "folder of StyleTalk's wavs", None),
+                Flag("output", "gets queries.jsonl and the wavs it names"),
+            ),
+            Lazy("paras2s_jax.stages.query_sources", "import_corpus"),
+        ),
+        Command(
             "attack",
             "whether answers that talk to the configured scorer lead it: attack/<scorer>/changed",
             (),

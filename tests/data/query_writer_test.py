@@ -98,6 +98,43 @@ def test_a_server_that_fails_is_an_error_not_an_empty_list(tmp_path):
         ask(server, tmp_path)
 
 
+def test_a_sentence_nobody_judged_is_neither_kept_nor_rejected(tmp_path):
+    writer, failed = Writer(), []
+
+    def flaky(body):
+        found = writer(body)
+        if writer.rounds == 1 and "came back" in str(body) and not failed:
+            failed.append(body)
+            return Fault("status", 500)
+        return found
+
+    with ChatServer(flaky) as server:
+        assert len(ask(server, tmp_path, 1)) == 1
+    rows = read_jsonl(tmp_path / "candidates.jsonl", Candidate)
+    # The first round's good sentence met the fault: the one that is kept is the second round's.
+    assert failed and writer.rounds == 2
+    assert sum("came back" in row.text for row in rows) == 1
+    assert not any("server error" in row.status for row in rows)
+
+
+def test_the_spend_cap_stops_and_keeps(tmp_path):
+    # A call costs 1000 * 1 + 100 * 0 = $0.001: two proposals and some filters.
+    with ChatServer(Writer()) as server:
+        endpoint = Endpoint(server.url, "m", usd_per_million_in=1.0, usd_cap=0.02)
+        with pytest.raises(EndpointError, match=r"\$0.02 of \$0.02 are spent; raise usd_cap"):
+            write_sentences(ChatClient(endpoint), "emotion", STYLES, 50, tmp_path, known=[])
+    kept = [r for r in read_jsonl(tmp_path / "candidates.jsonl", Candidate) if r.status == "kept"]
+    assert kept
+
+
+def test_the_estimate_by_hand():
+    # 20 proposed in 2 rounds of 10, each asked about three times.
+    found = query_writer.expected(10, 0.5)
+    assert found.calls == 2 + 20 * 3
+    assert found.tokens_out == 20 * 80 + 60 * 40
+    assert 2000 < found.tokens_in < 10_000
+
+
 def test_likeness_ignores_the_order_of_words_and_marks():
     assert likest("My ex, I just bumped into!", ["i just bumped into my ex"]) == 100.0
     assert likest("The bus is late.", ["i just bumped into my ex"]) < query_writer.MAX_LIKENESS

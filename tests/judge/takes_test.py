@@ -53,6 +53,14 @@ def test_choices_are_noted_and_not_made_twice(takes, tmp_path):
     assert rows[0] == Choice("sad", "sad1.wav", 0.8, 3, True) and not rows[1].is_kept
 
 
+def test_other_takes_are_chosen_from_anew(takes, tmp_path):
+    analyzer, log = Analyzer(), tmp_path / "takes.jsonl"
+    choose_takes(takes, tmp_path, {"emotion": analyzer}, log=log)
+    fewer = {"sad": takes["sad"][:1]}
+    (found,) = choose_takes(fewer, tmp_path, {"emotion": analyzer}, min_prob=0.1, log=log)
+    assert found.wav == "sad0.wav" and analyzer.calls == 3
+
+
 def test_what_the_analyzer_does_not_know_is_named(takes, tmp_path):
     with pytest.raises(ValueError, match="no analyzer for emotion"):
         choose_takes(takes, tmp_path, {})

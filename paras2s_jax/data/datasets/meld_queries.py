@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from paras2s_jax.data.datasets import queries
-from paras2s_jax.data.records import Query
+from paras2s_jax.data.records import Query, RecordError
 
 FOLDER, LABELS = "MELD.Raw", "test_sent_emo.csv"
 STYLES = {"joy": "happy", "sadness": "sad", "anger": "angry", "surprise": "surprised"}
@@ -34,7 +34,7 @@ class MeldQueries(queries.Corpus):
 
 
 def _utterances(manual_dir: Path) -> Iterator[tuple[Query, np.ndarray]]:
-    """Raises FileNotFoundError or ValueError where the corpus is not as it is released."""
+    """Raises FileNotFoundError or RecordError where the corpus is not as it is released."""
     kept, path = queries.kept_ids(manual_dir), manual_dir / FOLDER / LABELS
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; put MELD there")
@@ -42,7 +42,7 @@ def _utterances(manual_dir: Path) -> Iterator[tuple[Query, np.ndarray]]:
         reader = csv.DictReader(file)
         missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
         if missing:
-            raise ValueError(f"{path} has no column {', '.join(missing)}; take MELD's own file")
+            raise RecordError(f"{path} has no column {', '.join(missing)}; take MELD's own file")
         for row in reader:
             name = f"dia{row['Dialogue_ID']}_utt{row['Utterance_ID']}"
             style = STYLES.get(row["Emotion"])
