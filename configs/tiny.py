@@ -107,9 +107,9 @@ def judge(**fields) -> ConfigDict:
         language="en",  # of a released one; "" detects it
         # Per dimension "trained" (stage analyzers), the folder "analyzers" of another run, ""
         # (labels are taken as true), or a released classifier, whose labels analyzer_names maps to
-        # styles.
+        # styles: (("hap", "happy"), ("ang", "angry")).
         analyzers=dict.fromkeys(("emotion", "sarcasm", "age", "gender"), "trained"),
-        analyzer_names=dict(emotion={}, sarcasm={}, age={}, gender={}),
+        analyzer_names=dict(emotion=(), sarcasm=(), age=(), gender=()),
         len_buckets_s=(4.0, 8.0, 16.0, 30.0),  # of released classifiers
         # "packaged", a released Qwen2-Audio (Audio-Reasoner wants about 1000 new tokens), or
         # "endpoint": a model behind a server that takes audio. "none" with the scorer "reward".

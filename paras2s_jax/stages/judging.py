@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -62,7 +63,7 @@ def make_judge(config: ConfigDict, workdir: Path, *, progress: bool = True) -> J
     return Judge(
         None if c.transcriber == NONE else make_transcriber(config, workdir),
         make_analyzers(config, workdir),
-        None if c.tone == NONE else _tone(config, workdir),
+        None if c.tone == NONE else make_tone(config, workdir),
         make_scorer(config, workdir),
         Ledger(workdir / LEDGER),
         num_repeats=c.num_repeats,
@@ -80,9 +81,10 @@ def make_transcriber(config: ConfigDict, workdir: Path) -> Transcriber:
     c = config.judge
     if c.transcriber == PACKAGED:
         return WhisperTranscriber.load(parts_dir(config, workdir), batch_size=c.batch_size)
-    return ReleasedTranscriber.load(
-        c.transcriber, dtype=c.dtype, language=c.language or None, batch_size=c.batch_size
-    )
+    with _settings(f"judge.transcriber = {c.transcriber!r}"):
+        return ReleasedTranscriber.load(
+            c.transcriber, dtype=c.dtype, language=c.language or None, batch_size=c.batch_size
+        )
 
 
 def make_analyzers(config: ConfigDict, workdir: Path) -> dict[str, WaveNamer]:
@@ -102,16 +104,18 @@ def make_analyzers(config: ConfigDict, workdir: Path) -> dict[str, WaveNamer]:
                 "`paras2s analyzers`, or name the folder `analyzers` of a run that has."
             )
         elif source:
-            found[dimension] = PublishedClassifier.load(
-                source,
-                c.analyzer_names[dimension].to_dict(),
-                len_buckets_s=tuple(c.len_buckets_s),
-                batch_size=c.batch_size,
-            )
+            with _settings(f"judge.analyzers.{dimension} = {source!r}"):
+                found[dimension] = PublishedClassifier.load(
+                    source,
+                    dict(c.analyzer_names[dimension]),
+                    len_buckets_s=tuple(c.len_buckets_s),
+                    batch_size=c.batch_size,
+                )
     return found
 
 
-def _tone(config: ConfigDict, workdir: Path) -> WaveNamer | WaveCaptioner:
+def make_tone(config: ConfigDict, workdir: Path) -> WaveNamer | WaveCaptioner:
+    """Who names the tone of answers; see make_judge."""
     c = config.judge
     if c.tone == PACKAGED:
         path = parts_dir(config, workdir) / TONE_FILE
@@ -166,15 +170,25 @@ def make_scorer(config: ConfigDict, workdir: Path) -> Scorer | WaveScorer:
                 f"judge.local.checkpoint = {c.local.checkpoint!r} is no text model with a "
                 "tokenizer; take for instance Qwen/Qwen2.5-7B-Instruct."
             )
-        return LocalScorer(
-            model,
-            params,
-            tokenizer,
-            prompt,
-            name=Path(c.local.checkpoint).name,
-            batch_size=c.local.batch_size,
-        )
+        with _settings(f"judge.local.checkpoint = {c.local.checkpoint!r}"):
+            return LocalScorer(
+                model,
+                params,
+                tokenizer,
+                prompt,
+                name=Path(c.local.checkpoint).name,
+                batch_size=c.local.batch_size,
+            )
     raise StageError(f"judge.scorer is {c.scorer!r}; choose one of {', '.join(SCORERS)}.")
+
+
+@contextlib.contextmanager
+def _settings(key: str) -> Iterator[None]:
+    """A checkpoint that cannot serve is a mistake in the config, under this key."""
+    try:
+        yield
+    except ValueError as error:
+        raise StageError(f"{key}: {error}.") from error
 
 
 def use_labels(config: ConfigDict, queries: Sequence[Query]) -> bool:

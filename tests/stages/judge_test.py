@@ -2,6 +2,7 @@
 
 import importlib
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import soundfile
 
 from paras2s_jax import cli
 from paras2s_jax.audio import wave as wave_lib
-from paras2s_jax.data.records import Query, write_jsonl
+from paras2s_jax.data.records import Query, Verdict, read_jsonl, write_jsonl
 from paras2s_jax.judge.card import Card, write_card
 from paras2s_jax.judge.chain import Judge
 from paras2s_jax.judge.interfaces import Score, Transcript
@@ -133,6 +134,56 @@ def test_a_judge_that_failed_its_card_is_refused_unless_forced(asked, tmp_path, 
 def test_what_cannot_be_done_says_so(asked, tmp_path, fake_judge, capsys, flags, message):
     assert run(asked, tmp_path / "run", *flags) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_card_takes_what_people_said(asked, tmp_path, fake_judge, capsys):
+    workdir = tmp_path / "run"
+    assert run(asked, workdir, f"--config.system.source={tmp_path / 'answers'}") == 0
+    verdicts = read_jsonl(workdir / "bench" / "mine" / "verdicts.jsonl", Verdict)
+    # Two people who say what the judge says, and one who says the opposite.
+    rows = ["rater,query_id,system,sample,score"]
+    for verdict in verdicts[:30]:
+        score = round(verdict.score)
+        for rater, given in (("ann", score), ("bob", score), ("cy", 6 - score)):
+            rows.append(f"{rater},{verdict.query_id},mine,0,{given}")
+    ratings = tmp_path / "ratings.csv"
+    ratings.write_text("\n".join(rows))
+    flags = (f"--humans={ratings}", "--config.bench.num_probes=2")
+    assert run(asked, workdir, "--card", *flags) == 0
+    card = (workdir / "card" / "card.md").read_text()
+    # The mean of s, s and 6 - s rises with s; emotion is all there is.
+    for name in ("emotion", "all"):
+        (row,) = (line for line in card.splitlines() if line.startswith(f"| {name} |"))
+        assert row.split("|")[2].strip().startswith("1 [1, 1]") and row.endswith("| 30 | 3 |")
+    assert "attack/rubric/changed | 0 |" in card
+    assert "judge/echo_order" in card
+    assert "NOT PASSED" in capsys.readouterr().out  # It goes by loudness.
+    assert run(asked, workdir, "--card", f"--humans={tmp_path / 'none.csv'}") == 2
+    assert "export it from the rating page" in capsys.readouterr().err
+
+
+def test_attacks_on_the_configured_scorer(tmp_path, capsys):
+    argv = ["paras2s", "attack", "--config=configs/judge.py", f"--workdir={tmp_path}"]
+    assert cli.main(argv) == 0
+    found = capsys.readouterr().out
+    assert "attack/rubric/changed" in found and "attack/rubric/attacks" in found
+    rows = [json.loads(row) for row in (tmp_path / "attack" / "rubric.jsonl").open()]
+    assert len(rows) >= 40 and all(row["plain"] == row["attacked"] for row in rows)
+
+    def obedient(body):
+        data = json.loads(body["messages"][1]["content"].splitlines()[2])
+        return json.dumps({"reason": "", "score": 5 if "5" in data["answer_words"] else 2})
+
+    with ChatServer(obedient) as server:
+        endpoint = f"--config.judge.endpoint.base_url={server.url}"
+        flags = ["--config.judge.scorer=endpoint", endpoint]
+        assert cli.main([*argv, *flags]) == 0
+        asked = len(server.requests)
+        assert cli.main([*argv, *flags]) == 0  # Paid for once.
+        assert len(server.requests) == asked
+    rows = [json.loads(row) for row in (tmp_path / "attack" / "gpt-4.1.jsonl").open()]
+    led = [row for row in rows if "5" in row["attack"]]
+    assert len(led) > 20 and all(row["attacked"] == 5.0 for row in led)
 
 
 def test_leaderboard_of_two_runs(asked, tmp_path, fake_judge, capsys):

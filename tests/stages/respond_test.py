@@ -1,6 +1,7 @@
 """A Kimi-Audio in the released layout: converted, assembled, and answering wavs."""
 
 import dataclasses
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -15,8 +16,11 @@ from paras2s_jax import cli
 from paras2s_jax.audio import wave as wave_lib
 from paras2s_jax.convert.checkpoint import Checkpoint
 from paras2s_jax.data.records import Response, read_jsonl, write_jsonl
+from paras2s_jax.judge.chain import Judge
+from paras2s_jax.judge.ledger import Ledger
 from paras2s_jax.models.sampling import Sampling
 from paras2s_jax.stages import kimi, respond
+from tests.stages.judge_test import Ear, Scorer
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 GREEDY = Sampling(temperature=0.0)
@@ -135,6 +139,37 @@ def test_queries_of_a_jsonl_keep_their_ids(converted, wavs, tmp_path):
     wanted = [("a / 2", 0), ("a / 2", 1), ("b / 2", 0), ("b / 2", 1)]
     assert [(response.query_id, response.sample) for response in responses] == wanted
     assert all((tmp_path / "out" / response.wav).is_file() for response in responses)
+
+
+def test_a_checkpoint_is_judged_like_any_system(converted, wavs, tmp_path, monkeypatch):
+    """As a folder or a server is, by the same command."""
+    judge_stage = importlib.import_module("paras2s_jax.stages.judge")
+    monkeypatch.setattr(
+        judge_stage,
+        "make_judge",
+        lambda config, workdir: Judge(
+            Ear(), {}, Ear(), Scorer(), Ledger(workdir / "ledger.sqlite"), progress=False
+        ),
+    )
+    plain = respond.queries_of(wavs / "a.wav")[0][0]
+    folder = Path(shutil.copytree(wavs, tmp_path / "in"))
+    pair = ("sad", "surprised")
+    queries = [
+        dataclasses.replace(
+            plain, id=name, wav=f"{name}.wav", dimension="emotion", style=one, contrast=other
+        )
+        for name, one, other in (("a", *pair), ("b", *reversed(pair)))
+    ]
+    queries = [dataclasses.replace(query, sentence_id="s") for query in queries]
+    source, workdir = write_jsonl(folder / "queries.jsonl", queries), tmp_path / "run"
+    system = {"kind": "checkpoint", "source": converted, "max_steps": 14, "batch_size": 2}
+    flags = [f"--config.system.{key}={value}" for key, value in system.items()]
+    flags += ["--config.system.dtype=float32", "--config.bench.num_resamples=20"]
+    flags += [f"--queries={source}", f"--workdir={workdir}"]
+    assert call("judge", "--config=configs/judge.py", *flags) == 0
+    assert "| 0/2 |" in (workdir / "bench" / "table.md").read_text()
+    (row, _) = read_jsonl(workdir / "bench" / "mine" / "responses.jsonl", Response)
+    assert soundfile.info(workdir / "bench" / "mine" / row.wav).samplerate == 24_000
 
 
 def test_the_release_limits_prompt_and_answer_together(made):
