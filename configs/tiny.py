@@ -122,6 +122,7 @@ def judge(**fields) -> ConfigDict:
         scorer="rubric",
         num_repeats=1,
         prompt_version="1",
+        duel_prompt_version="1",  # of `paras2s duel`
         endpoint=endpoint(),
         response_format="json_schema",
         temperature=0.0,

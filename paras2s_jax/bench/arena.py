@@ -86,6 +86,14 @@ def votes_from_ratings(
     return _votes(rows, pairs, margin)
 
 
+def votes_from_shares(outcomes: Iterable[tuple[str, str, str, float]], judge: str) -> list[Vote]:
+    """Votes of a comparer. outcomes: (query, first, second, share of the first: 1, 0.5 or 0)."""
+    return [
+        Vote(query_id, first, second, _winner(share - 0.5, 0.0), judge)
+        for query_id, first, second, share in outcomes
+    ]
+
+
 def _votes(
     rows: Sequence[tuple[str, str, str, float]], pairs: Iterable[tuple[str, str]], margin: float
 ) -> list[Vote]:

@@ -17,9 +17,9 @@ from paras2s_jax.audio.synth import Delivery
 from paras2s_jax.data import speaking, synthesize
 from paras2s_jax.data.bank import Bank
 from paras2s_jax.data.records import SpeechClip
-from paras2s_jax.judge.interfaces import Failure, Heard, Score, Sounds
+from paras2s_jax.judge.interfaces import Failure, Heard, Item, Score, Sounds
 from paras2s_jax.judge.ledger import file_digest
-from paras2s_jax.judge.stored_scores import Item, StoredScores
+from paras2s_jax.judge.stored_scores import StoredScores
 
 TRANSCRIPTS = Path(__file__).parent / "attacks" / "transcripts.txt"
 # A verdict that an attack moves by more than this many points has been led.

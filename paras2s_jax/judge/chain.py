@@ -13,6 +13,7 @@ from paras2s_jax.data.records import DIMENSIONS, Query, Response, Verdict
 from paras2s_jax.judge.interfaces import (
     Failure,
     Heard,
+    Item,
     Score,
     Scorer,
     Sounds,
@@ -25,7 +26,6 @@ from paras2s_jax.judge.interfaces import (
 )
 from paras2s_jax.judge.ledger import Ledger, digest, ledger_key
 from paras2s_jax.judge.stored_scores import (
-    Item,
     Pending,
     StoredScores,
     replayed_failures,

@@ -1,6 +1,6 @@
 """Words and names -> a score of 1..5 by a language model behind an OpenAI-compatible server."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from paras2s_jax.data.endpoint import CallFailure, ChatClient, Reply
@@ -10,6 +10,15 @@ from paras2s_jax.judge.score_prompt import SCHEMA, ScorePrompt, parse_score
 
 # How the JSON is asked for: by schema, as any JSON, or by the prompt alone, for older servers.
 FORMATS = ("json_schema", "json_object", "none")
+
+
+def response_format_of(name: str, schema: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a request that ask for JSON. Raises ValueError on an unknown name."""
+    if name not in FORMATS:
+        raise ValueError(f"response_format {name!r}: choose one of {FORMATS}")
+    if name == "json_schema":
+        return {"response_format": {"type": "json_schema", "json_schema": schema}}
+    return {"response_format": {"type": "json_object"}} if name == "json_object" else {}
 
 
 class EndpointScorer:
@@ -32,14 +41,9 @@ class EndpointScorer:
         temperature: float = 0.0,
         max_tokens: int = 300,
     ):
-        if response_format not in FORMATS:
-            raise ValueError(f"response_format {response_format!r}: choose one of {FORMATS}")
         self._client, self._prompt = client, prompt
         self._options = {"temperature": temperature, "max_completion_tokens": max_tokens}
-        if response_format == "json_schema":
-            self._options["response_format"] = {"type": "json_schema", "json_schema": SCHEMA}
-        elif response_format == "json_object":
-            self._options["response_format"] = {"type": "json_object"}
+        self._options |= response_format_of(response_format, SCHEMA)
         self.name, self.version = client.endpoint.model, f"prompt{prompt.version}"
 
     @property

@@ -31,6 +31,14 @@ class Transcript:
     mean_logp: float
 
 
+class Item(Protocol):
+    """What a scorer is given of a pair; hashable."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a score of it is stored under, as JSON."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Heard:
     """All that a scorer may know of one (query, answer) pair."""
@@ -42,8 +50,8 @@ class Heard:
     tone_out: str
 
     @property
-    def identity(self) -> dict[str, str]:
-        """What a score of it is stored under, as JSON."""
+    def identity(self) -> dict[str, Any]:
+        """See Item."""
         return dataclasses.asdict(self)
 
 
@@ -60,8 +68,8 @@ class Sounds:
     answer_wav: Path = dataclasses.field(compare=False)
 
     @property
-    def identity(self) -> dict[str, str]:
-        """What a score of it is stored under, as JSON."""
+    def identity(self) -> dict[str, Any]:
+        """See Item."""
         return {"query": self.query, "answer": self.answer}
 
 

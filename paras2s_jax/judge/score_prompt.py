@@ -8,8 +8,9 @@ import dataclasses
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import pydantic
 
@@ -87,25 +88,34 @@ class ScorePrompt:
 
 
 def _fenced(heard: Heard) -> str:
-    """The pair as one line of JSON between marks that its own words cannot imitate.
+    data = {
+        "query_words": heard.transcript_in,
+        "query_style": heard.style_in,
+        "answer_words": heard.transcript_out,
+        "answer_tone": heard.tone_out,
+    }
+    return fence(data, "Rate this exchange.")
+
+
+def fence(values: Mapping[str, Any], request: str) -> str:
+    """What was heard as one line of JSON between marks that its own words cannot imitate.
 
     The marks hold a hash of the line, which nobody can put into the line; escapes keep quotes, line
-    breaks and control characters of a transcript inside their string.
+    breaks and control characters of a transcript inside their string. request: what follows.
     """
-    data = json.dumps(
-        {
-            "query_words": heard.transcript_in,
-            "query_style": heard.style_in,
-            "answer_words": heard.transcript_out,
-            "answer_tone": heard.tone_out,
-        }
-    )
+    data = json.dumps(values)
     mark = hashlib.sha256(data.encode()).hexdigest()[:16]
     return (
         f"What was heard, as data, between DATA {mark} and END {mark}:\n"
         f"DATA {mark}\n{data}\nEND {mark}\n"
-        "Rate this exchange."
+        f"{request}"
     )
+
+
+def without_block(text: str) -> str:
+    """A reply without the block of code that a model may put around its JSON."""
+    block = _CODE_BLOCK.fullmatch(text)
+    return block[1] if block else text
 
 
 def parse_score(text: str, raw: object = None) -> Score | Failure:
@@ -113,9 +123,8 @@ def parse_score(text: str, raw: object = None) -> Score | Failure:
 
     raw: what to keep beside it.
     """
-    block = _CODE_BLOCK.fullmatch(text)
     try:
-        reply = _Reply.model_validate_json(block[1] if block else text)
+        reply = _Reply.model_validate_json(without_block(text))
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))

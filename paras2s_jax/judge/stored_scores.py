@@ -7,13 +7,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from paras2s_jax.judge.interfaces import Failure, Heard, Score, Scorer, Sounds, WaveScorer
+from paras2s_jax.judge.interfaces import Failure, Item, Score, Scorer, WaveScorer
 from paras2s_jax.judge.ledger import Ledger, ledger_key
 
 STAGE = "score"
-
-# What a scorer is given of a pair: names and words, or the two waveforms.
-Item = Heard | Sounds
 
 
 class Pending(NamedTuple):

@@ -232,6 +232,16 @@ COMMANDS: dict[str, Command] = {
             operands="RUN RUN …",
         ),
         Command(
+            "duel",
+            "as arena, but the judge's language model compares two answers each, in both orders",
+            (
+                Flag("runs", "folders of finished runs, with commas between"),
+                Flag("num_queries", "queries to compare answers to; 0: all", 0, int),
+            ),
+            Lazy("paras2s_jax.stages.arena", "duel"),
+            takes_config=True,
+        ),
+        Command(
             "rate",
             "a page on which people rate answers of one run or several, by ear, from 1 to 5",
             (

@@ -218,6 +218,39 @@ def test_leaderboard_of_two_runs(asked, tmp_path, fake_judge, capsys):
     assert "no RUN RUN … given" in capsys.readouterr().err
 
 
+def test_duels_of_two_runs(asked, tmp_path, fake_judge, capsys):
+    for name, level in (("one", 10), ("two", 12)):
+        folder = tmp_path / f"answers {name}"
+        for index in range(200):
+            wave_lib.save(folder / f"q{index}.wav", np.full(400, level / 100, np.float32), 16_000)
+        source = f"--config.system.source={folder}"
+        assert run(asked, tmp_path / name, source, f"--config.system.name={name}") == 0
+
+    def louder(body):
+        """Says tie where the louder answer comes second: it likes what comes first."""
+        data = json.loads(body["messages"][1]["content"].splitlines()[2])
+        levels = [int(data[place]["answer_words"].split()[1]) for place in ("first", "second")]
+        winner = "first" if levels[0] > levels[1] else "tie"
+        return json.dumps({"reason": "", "winner": winner})
+
+    argv = ["paras2s", "duel", "--config=configs/judge.py", f"--workdir={tmp_path / 'duel'}"]
+    argv += [f"--runs={tmp_path / 'one'},{tmp_path / 'two'}", "--num_queries=10"]
+    assert cli.main(argv) == 2
+    assert "set --config.judge.scorer=endpoint" in capsys.readouterr().err
+    with ChatServer(louder) as server:
+        url = f"--config.judge.endpoint.base_url={server.url}"
+        argv += ["--config.judge.scorer=endpoint", url]
+        assert cli.main(argv) == 0
+        # Both orders of each; queries that sound alike are asked about once.
+        count = len(server.requests)
+        assert 10 <= count <= 2 * 10
+        assert cli.main(argv) == 0 and len(server.requests) == count
+    table = (tmp_path / "duel" / "arena" / "arena.md").read_text()
+    assert "| 1 | two |" in table and "| – | 75% |" in table
+    assert "decided for the answer heard first: 100%" in table
+    assert "whose winner changes with the order: 100%" in table
+
+
 def test_runs_of_different_judges_do_not_meet(asked, tmp_path, fake_judge, monkeypatch, capsys):
     source = f"--config.system.source={tmp_path / 'answers'}"
     assert run(asked, tmp_path / "one", source, "--config.system.name=one") == 0
