@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -23,23 +24,30 @@ ATTACK = "attack"
 def attack_figures(config: ConfigDict, folder: Path) -> Figures:
     """Figures of the configured scorer; every case goes to attack/<scorer>.jsonl.
 
-    Scores are kept in the run's ledger. Each is asked for once, whatever judge.num_repeats says.
+    What other words in the place of an attack change tells what the attack itself adds. Scores are
+    kept in the run's ledger; each is asked for once, whatever judge.num_repeats says.
     """
     scorer, bank, attacks = make_scorer(config, folder), load_bank(), attack.load_attacks()
+    answers = attack.poor_answers(bank)
+    other = [sentence.text for sentence in bank.of("train")][: len(attacks)]
+
+    def cases(texts: Sequence[str], name: str) -> list[attack.Case]:
+        if not scores.wants_waves:
+            return attack.in_words(answers, texts)
+        place = folder / ATTACK / name
+        return attack.aloud(answers, texts, place, maker=maker_of(config), seed=config.seed)
+
     with Ledger(folder / LEDGER) as ledger:
         scores = StoredScores(scorer, ledger)
-        answers = attack.poor_answers(bank)
-        if scores.wants_waves:
-            cases = attack.aloud(
-                answers, attacks, folder / ATTACK, maker=maker_of(config), seed=config.seed
-            )
-        else:
-            cases = attack.in_words(answers, attacks)
-        found = attack.run(scores, cases)
-    name = Path(scorer.name).name
+        found = attack.run(scores, cases(attacks, "attacks"))
+        harmless = attack.run(scores, cases(other, "other words"))
     rows = [json.dumps(with_null(dataclasses.asdict(case))) + "\n" for case in found]
-    write_text(folder / ATTACK / f"{name}.jsonl", "".join(rows))
-    return attack.figures_of(scorer.name, found)
+    write_text(folder / ATTACK / f"{scorer.name}.jsonl", "".join(rows))
+    changed, gain, *_ = attack.figures_of(scorer.name, harmless).values()
+    return attack.figures_of(scorer.name, found) | {
+        f"attack/{scorer.name}/changed_by_other_words": changed,
+        f"attack/{scorer.name}/mean_gain_of_other_words": gain,
+    }
 
 
 def run(config: ConfigDict, workdir: str) -> Figures:

@@ -212,7 +212,9 @@ def import_corpus(corpus: str, source: str, waves: str | None, output: str) -> F
     else:
         figures = {"queries/clips": _export(corpus, Path(source), folder)}
     if not figures["queries/clips"]:
-        raise StageError(f"{source}: no utterance that can be a query; is it the whole corpus?")
+        raise StageError(
+            f"{source}: none of its rows is there in two styles; is it the whole file?"
+        )
     print_figures(f"queries in {folder / QUERIES}", figures)
     return figures
 

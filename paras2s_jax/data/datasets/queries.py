@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from paras2s_jax.audio import wave as wave_lib
-from paras2s_jax.data.records import Query, write_jsonl
+from paras2s_jax.data.records import Query, RecordError, write_jsonl
 
 TEXTS = (
     "id", "sentence_id", "dimension", "text", "style", "contrast", "topic", "split", "voice",
@@ -110,7 +110,15 @@ class Corpus(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return {"test": self._generate_examples(Path(dl_manager.manual_dir))}
 
     def _generate_examples(self, manual_dir: Path):
-        return numbered(self.utterances(manual_dir))
+        found = False
+        for numbered_example in numbered(self.utterances(manual_dir)):
+            found = True
+            yield numbered_example
+        if not found:
+            raise RecordError(
+                f"{manual_dir} has no utterance that can be a query; is it the whole corpus, and "
+                "does kept_ids.txt, if there is one, name any?"
+            )
 
 
 def kept_ids(manual_dir: Path) -> frozenset[str] | None:
