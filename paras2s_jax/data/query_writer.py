@@ -147,6 +147,38 @@ def write_sentences(
     return [_sentence(candidate, index, split) for index, candidate in enumerate(kept[:num_wanted])]
 
 
+def filter_sentences(
+    client: ChatClient, candidates: Sequence[Candidate], log: Path
+) -> list[Candidate]:
+    """Puts the filters' questions to sentences that are there already (of a corpus).
+
+    candidates: of any dimension and styles. log: jsonl of what was found, appended to; what is
+    there is not asked again.
+
+    Returns: those about which all that was asked was answered, in their order, with their status.
+
+    Raises:
+        EndpointError: the server answers nothing, or the spend cap is reached.
+    """
+    known = read_jsonl(log, Candidate, partial_tail=True) if log.is_file() else []
+    found = {_question_of(candidate): candidate for candidate in known}
+    todo = [candidate for candidate in candidates if _question_of(candidate) not in found]
+    with tqdm(total=len(candidates), initial=len(candidates) - len(todo), desc="filter") as bar:
+        for start in range(0, len(todo), PER_CALL):
+            part = todo[start : start + PER_CALL]
+            for candidate in _judge(client, part):
+                append_jsonl(log, candidate)
+                found[_question_of(candidate)] = candidate
+            bar.update(len(part))
+    keys = (_question_of(candidate) for candidate in candidates)
+    return [found[key] for key in keys if key in found]
+
+
+def _question_of(candidate: Candidate) -> tuple[str, str, str, str]:
+    """All that a filter is told."""
+    return candidate.dimension, candidate.style_a, candidate.style_b, candidate.text
+
+
 def likest(text: str, texts: Sequence[str]) -> float:
     """Likeness 0..100 of the most similar of the normalised `texts`, in any order of words."""
     found = process.extractOne(normalize(text), texts, scorer=fuzz.token_sort_ratio)

@@ -274,6 +274,16 @@ COMMANDS: dict[str, Command] = {
             takes_config=True,
         ),
         Command(
+            "filter_queries",
+            "of queries from a corpus those whose words pass the three filters",
+            (
+                Flag("queries", "queries.jsonl of the corpus"),
+                Flag("output", "name of the jsonl beside it for those that pass", "kept.jsonl"),
+            ),
+            Lazy("paras2s_jax.stages.query_sources", "filter_queries"),
+            takes_config=True,
+        ),
+        Command(
             "import_queries",
             "queries from your licensed copy of IEMOCAP or MELD, or from StyleTalk's CSV files",
             (

@@ -16,7 +16,7 @@ from paras2s_jax.audio import styles
 from paras2s_jax.data import query_writer, speaking, styletalk, synthesize
 from paras2s_jax.data.bank import Sentence, load_bank
 from paras2s_jax.data.endpoint import ChatClient, Endpoint
-from paras2s_jax.data.records import Query, write_jsonl
+from paras2s_jax.data.records import Query, read_jsonl, write_jsonl
 from paras2s_jax.judge.interfaces import WaveNamer
 from paras2s_jax.judge.takes import choose_takes
 from paras2s_jax.stages.judging import make_analyzers
@@ -191,6 +191,49 @@ def _in_both_styles(queries: Sequence[Query]) -> list[Query]:
     for query in queries:
         found[query.sentence_id].add(query.style)
     return [query for query in queries if len(found[query.sentence_id]) == 2]
+
+
+def filter_queries(config: ConfigDict, workdir: str, *, queries: str, output: str) -> Figures:
+    """Leaves of a corpus's queries those whose words pass the three filters, beside the others.
+
+    What was asked is kept in the workdir's filters.jsonl and not asked again.
+
+    Raises:
+        StageError: a query is of no dimension that the filters know.
+        EndpointError: the server gives nothing, or the spend cap is reached.
+    """
+    path = Path(queries)
+    rows = read_jsonl(path, Query)
+    strange = [query for query in rows if query.dimension not in query_writer.ABOUT]
+    if strange:
+        raise StageError(
+            f"{path}: query {strange[0].id!r} is of the dimension {strange[0].dimension!r}; the "
+            f"filters know {', '.join(query_writer.ABOUT)}."
+        )
+    candidates = [
+        query_writer.Candidate(
+            query.dimension, query.style, query.contrast, query.text, query.topic, "", "", ""
+        )
+        for query in rows
+    ]
+    client = ChatClient(Endpoint(**config.queries.endpoint))
+    unique = list(dict.fromkeys(candidates))
+    judged = query_writer.filter_sentences(client, unique, Path(workdir) / "filters.jsonl")
+    status = {(c.dimension, c.style_a, c.style_b, c.text): c.status for c in judged}
+    found = [status.get((q.dimension, q.style, q.contrast, q.text)) for q in rows]
+    kept = [query for query, given in zip(rows, found) if given == query_writer.KEPT]
+    write_jsonl(path.with_name(output), kept)
+    figures = {
+        "queries/clips": len(rows),
+        "queries/kept": len(kept),
+        "queries/undecided": found.count(None),
+        "queries/calls": client.calls,
+        "queries/usd": round(client.usd, 4),
+    }
+    print_figures(f"queries in {path.with_name(output)}", figures)
+    if found.count(None):
+        print("undecided: the server gave no answer about them; run the same command again")
+    return figures
 
 
 def import_corpus(corpus: str, source: str, waves: str | None, output: str) -> Figures:

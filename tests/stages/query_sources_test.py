@@ -1,12 +1,14 @@
 """The commands that make queries: written by a server, taken from corpora."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from paras2s_jax import cli
 from paras2s_jax.audio import wave as wave_lib
 from paras2s_jax.data.bank import load_bank
-from paras2s_jax.data.records import Query, read_jsonl
+from paras2s_jax.data.records import Query, read_jsonl, write_jsonl
 from paras2s_jax.perf.chat_server import ChatServer
 from paras2s_jax.stages import query_sources
 from tests.data.datasets.queries_test import fake_iemocap, fake_meld
@@ -111,6 +113,27 @@ def test_corpora_become_queries(tmp_path, name, fake, capsys):
     (tmp_path / "manual" / "kept_ids.txt").write_text("nobody\n")
     assert corpus(name, tmp_path / "manual", tmp_path / "none") == 2
     assert "is it the whole corpus" in capsys.readouterr().err
+
+
+def test_words_of_a_corpus_are_filtered(tmp_path, capsys):
+    query = Query(
+        "m0", "m0", "emotion", "It came back.", "sad", "happy", "meld", "test", "v", "", 1.0
+    )
+    texts = ("It came back.", "A leaky pipe.", "An odd thing.", "So vague.", "It came back.")
+    rows = [dataclasses.replace(query, id=f"m{n}", text=text) for n, text in enumerate(texts)]
+    path = write_jsonl(tmp_path / "meld" / "queries.jsonl", rows)
+    argv = ["paras2s", "filter_queries", "--config=configs/queries.py", f"--queries={path}"]
+    with ChatServer(Writer()) as server:
+        argv += [f"--config.queries.endpoint.base_url={server.url}", f"--workdir={tmp_path / 'w'}"]
+        assert cli.main(argv) == 0
+        # 4 distinct sentences: 4 + 3 + 2 questions.
+        assert len(server.requests) == 9
+        assert cli.main(argv) == 0 and len(server.requests) == 9
+    kept = read_jsonl(tmp_path / "meld" / "kept.jsonl", Query)
+    assert [row.id for row in kept] == ["m0", "m4"]
+    write_jsonl(path, [dataclasses.replace(query, dimension="neutral")])
+    assert cli.main(argv) == 2
+    assert "the filters know emotion" in capsys.readouterr().err
 
 
 def test_styletalk_becomes_queries(tmp_path, capsys):
