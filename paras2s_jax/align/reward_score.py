@@ -13,12 +13,17 @@ import jax
 import numpy as np
 
 from paras2s_jax.align.rewards import RewardModel
+from paras2s_jax.audio.mel import HOP
+from paras2s_jax.audio.wave import RATE_HZ
 from paras2s_jax.judge.buckets import Buckets
 from paras2s_jax.judge.interfaces import Failure, Score, Sounds
 from paras2s_jax.judge.ledger import digest, params_digest
 from paras2s_jax.judge.waves import load_or_failure
+from paras2s_jax.models.qwen2_audio import Qwen2Audio
 
 NAME = "reward"
+# Mel frames per position of the tower.
+CONV_STRIDE = 2
 # Batches whose waves are in memory at once, and whose scores are lost when a run is cut off.
 BATCHES_AT_ONCE = 4
 
@@ -31,6 +36,9 @@ class RewardScorer:
         len_buckets_s: lengths that both waves of a pair are padded to; a pair with a longer wave
             is a failure, not cut: the end of an answer may be what is wrong with it.
         batch_size: pairs per call.
+
+    Raises:
+        ValueError: a length is beyond what the model hears.
     """
 
     name = NAME
@@ -43,6 +51,14 @@ class RewardScorer:
         len_buckets_s: Sequence[float],
         batch_size: int = 32,
     ):
+        model = reward_model.model
+        # Other families hear in windows, as many as there are.
+        if type(model) is Qwen2Audio:
+            limit_s = CONV_STRIDE * model.config.audio.max_source_positions * HOP / RATE_HZ
+            if max(len_buckets_s) > limit_s:
+                raise ValueError(
+                    f"the reward model hears {limit_s:.2f} s, not {max(len_buckets_s):g} s"
+                )
         self._variables, self._batch_size = variables, batch_size
         self._buckets = Buckets(len_buckets_s, batch_size)
         prompt = reward_model.prompt

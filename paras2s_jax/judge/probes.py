@@ -106,7 +106,7 @@ def figures_of(probes: Sequence[Probe], verdicts: Sequence[Verdict]) -> dict[str
         fitting answer is above their echo; judge/probe/<kind>: mean score;
     judge/probe_failed: share of failed verdicts;
     judge/style_accuracy, judge/tone_accuracy, judge/word_error: of the stages, where the truth is
-        known (word_error over the spoken probes, after normalisation).
+        known (word_error over the spoken probes, after normalisation) and they were run.
     """
     by_query: dict[str, dict[str, float]] = {}
     for probe, verdict in zip(probes, verdicts, strict=True):
@@ -126,15 +126,15 @@ def figures_of(probes: Sequence[Probe], verdicts: Sequence[Verdict]) -> dict[str
     figures["judge/style_accuracy"] = _mean(
         [v.style_in == p.query.style for p, v in heard if v.style_source == "analyzer"]
     )
-    figures["judge/tone_accuracy"] = _mean([v.tone_out == p.response.tone for p, v in spoken])
-    figures["judge/word_error"] = (
-        jiwer.wer(
-            [normalize(p.response.text) for p, _ in spoken],
-            [normalize(v.transcript_out) for _, v in spoken],
-        )
-        if spoken
-        else math.nan
+    figures["judge/tone_accuracy"] = _mean(
+        [v.tone_out == p.response.tone for p, v in spoken if "tone" in v.raw]
     )
+    words = [
+        (normalize(p.response.text), normalize(v.transcript_out))
+        for p, v in spoken
+        if "transcribe answer" in v.raw
+    ]
+    figures["judge/word_error"] = jiwer.wer(*map(list, zip(*words))) if words else math.nan
     return figures
 
 

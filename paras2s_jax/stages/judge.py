@@ -86,6 +86,12 @@ def run(
         seed=config.seed,
         card=found,
     )
+    _write_pages(config, folder, root, results)
+    return tables.figures(results)
+
+
+def _write_pages(config: ConfigDict, folder: Path, root: Path, results: tables.Results) -> None:
+    """The report, and the page on which people rate."""
     page = write_report(
         folder / BENCH,
         root,
@@ -93,13 +99,12 @@ def run(
         title=f"ParaS2S: does {config.system.name} listen?",
         sentences_per_column=config.bench.sentences_in_report,
     )
-    rating = write_rating_page(
-        [folder / BENCH], root, folder / "rating" / "index.html",
-        num_pairs=min(config.bench.num_rated_pairs, results.systems[0].scores[MEAN].num_scored),
-        seed=config.seed,
-    )  # fmt: skip
-    print(f"open {page}\nlet people rate: {rating}")
-    return tables.figures(results)
+    print(f"open {page}")
+    num_pairs = min(config.bench.num_rated_pairs, results.systems[0].scores[MEAN].num_scored)
+    if num_pairs:
+        out = folder / "rating" / "index.html"
+        write_rating_page([folder / BENCH], root, out, num_pairs=num_pairs, seed=config.seed)
+        print(f"let people rate: {out}")
 
 
 def _card_of(folder: Path, judge: Judge, force: bool) -> Card | None:

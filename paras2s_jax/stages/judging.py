@@ -149,11 +149,10 @@ def make_scorer(config: ConfigDict, workdir: Path) -> Scorer | WaveScorer:
         return RubricScorer(load_bank().rubric)
     if c.scorer == REWARD:
         folder = Path(c.reward.folder) if c.reward.folder else None
-        return RewardScorer(
-            *load_reward_model(config, workdir, ONE_DEVICE_LAYOUTS, folder),
-            len_buckets_s=tuple(c.reward.len_buckets_s),
-            batch_size=c.reward.batch_size,
-        )
+        loaded = load_reward_model(config, workdir, ONE_DEVICE_LAYOUTS, folder)
+        lens_s = tuple(c.reward.len_buckets_s)
+        with _settings(f"judge.reward.len_buckets_s = {lens_s}"):
+            return RewardScorer(*loaded, len_buckets_s=lens_s, batch_size=c.reward.batch_size)
     prompt = ScorePrompt.load(c.prompt_version)
     if c.scorer == ENDPOINT:
         return EndpointScorer(

@@ -79,6 +79,12 @@ def test_weights_that_are_not_finite_are_failures(reward_model, variables, wavs)
     assert "not finite" in found.reason
 
 
+def test_lengths_beyond_the_model_are_refused(reward_model, variables):
+    # 64 positions of two frames of 10 ms.
+    with pytest.raises(ValueError, match=r"hears 1\.28 s, not 1\.5 s"):
+        RewardScorer(reward_model, variables, len_buckets_s=(0.5, 1.5))
+
+
 def pairs_of(wavs, *answers):
     query = Query("q", "s", "emotion", "hi", "sad", "surprised", "t", "test", "v", "q1.wav", 0.2)
     return [
