@@ -102,6 +102,17 @@ def conv(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, dilation: int 
     return y if bias is None else y + bias.astype(y.dtype)
 
 
+def spread_conv(x: jax.Array, kernel: jax.Array, dilation: jax.Array, most: int) -> jax.Array:
+    """As `conv` without bias, for a dilation that is known when it runs: int32[], up to `most`."""
+    size, width, features = kernel.shape
+    reach = (size - 1) // 2 * most
+    steps, x = x.shape[1], jnp.pad(x, ((0, 0), (reach, reach), (0, 0)))
+    begins = [reach + (tap - (size - 1) // 2) * dilation for tap in range(size)]
+    taps = [jax.lax.dynamic_slice_in_dim(x, begin, steps, axis=1) for begin in begins]
+    kernel = kernel.reshape(size * width, features).astype(x.dtype)
+    return jnp.concatenate(taps, axis=-1) @ kernel
+
+
 def conv_transpose(x: jax.Array, kernel: jax.Array, bias: jax.Array, stride: int) -> jax.Array:
     """torch's ConvTranspose1d with padding (k - stride) / 2: T becomes T * stride.
 
@@ -244,28 +255,39 @@ def amp_blocks(
 ) -> list[jax.Array]:
     """What each block of a stage makes of x: [B, T, C].
 
-    Activations of all blocks are computed as one on [B, T, blocks * C]: a fraction of the
-    programs, and full vector lanes where C is small.
+    The blocks run side by side on [B, T, blocks * C], and their equal steps, an activation and a
+    convolution each, are turns of a loop: a vocoder of seven stages has 7 activations to compile
+    instead of 42, and 28 convolutions instead of 168.
     """
-    width = x.shape[-1]
+    width, count = x.shape[-1], len(blocks)
+    part = [slice(i * width, (i + 1) * width) for i in range(count)]
     weights = [block["activations"] for block in blocks]
     weights = jax.tree.map(lambda *w: jnp.concatenate(w, axis=-1), *weights)
+    # Of each residual step: first with the dilation, then without.
+    weights = jax.tree.map(lambda w: w.reshape(-1, 2, *w.shape[1:]), weights)
+    pairs = [
+        jax.tree.map(lambda *w: jnp.stack(w, axis=1), block["convs1"], block["convs2"])
+        for block in blocks
+    ]
+    kernels = [kernel for kernel, _ in pairs]
+    biases = jnp.concatenate([bias for _, bias in pairs], axis=-1)
+    apart = np.array([[[d, 1] for d in sizes] for sizes in dilations], np.int32)
 
-    def act(number, xs):
-        w = {name: value[number] for name, value in weights.items()}
-        y = activate(jnp.concatenate(xs, axis=-1), w, lens, logscale)
-        return [y[..., i * width : (i + 1) * width] for i in range(len(blocks))]
+    def half(y, turn):
+        weights, kernels, bias, apart = turn
+        y = activate(y, weights, lens, logscale)
+        parts = [
+            spread_conv(y[..., part[i]], kernels[i], apart[i], max(dilations[i]))
+            for i in range(count)
+        ]
+        return jnp.concatenate(parts, axis=-1) + bias.astype(y.dtype), None
 
-    def convolve(xs, name, n, dilations):
-        weights = [(kernel[n], bias[n]) for kernel, bias in (block[name] for block in blocks)]
-        return [conv(y, *w, d) for y, w, d in zip(xs, weights, dilations, strict=True)]
+    def step(x, turns):
+        return x + jax.lax.scan(half, x, turns)[0], None
 
-    xs = [x] * len(blocks)
-    for n in range(len(dilations[0])):
-        ys = convolve(act(2 * n, xs), "convs1", n, [sizes[n] for sizes in dilations])
-        ys = convolve(act(2 * n + 1, ys), "convs2", n, [1] * len(blocks))
-        xs = [x + y for x, y in zip(xs, ys, strict=True)]
-    return xs
+    turns = (weights, kernels, biases, jnp.asarray(apart.transpose(1, 2, 0)))
+    y, _ = jax.lax.scan(step, jnp.tile(x, count), turns)
+    return [y[..., part[i]] for i in range(count)]
 
 
 class BigVGAN(nn.Module):

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from paras2s_jax.models.bigvgan import BigVGAN, fold_weight_norm
@@ -360,38 +361,30 @@ class FlowMatchingDetokenizer(struct.PyTreeNode):
         settings = (self.first, self.chunk, self.look_ahead)
         plan = chunk_plan(num_frames // FRAMES_PER_CODE, *settings)
         ends_in = self._last_chunk(len_codes)
-        spare = FRAMES_PER_CODE * self.look_ahead
-        width = max(end - begin for begin, end, _ in plan) + spare
+        width = max(end - begin for begin, end, _ in plan) + FRAMES_PER_CODE * self.look_ahead
         mel = jnp.pad(mel, ((0, 0), (0, width), (0, 0)))
-        pieces = jnp.stack([mel[:, begin : begin + width] for begin, _, _ in plan])
-        lens = jnp.stack(
-            [
-                jnp.where(
-                    number == ends_in,
-                    FRAMES_PER_CODE * len_codes - begin,
-                    jnp.where(number < ends_in, end - begin, 0),
-                )
-                for number, (begin, end, _) in enumerate(plan)
-            ]
-        )
 
-        def vocode(piece):
-            mel, lens = piece
-            silence = jnp.zeros((rows, width * hop))
-            return jax.lax.cond(jnp.any(lens > 0), lambda: self._vocode(mel, lens), lambda: silence)
+        def speak(carry, chunk):
+            out, tail = carry
+            number, begin, end, given = chunk
+            is_last = number == ends_in
+            lens = jnp.where(is_last, FRAMES_PER_CODE * len_codes - begin, end - begin)
+            lens = jnp.where(number <= ends_in, lens, 0)
+            window = jax.lax.dynamic_slice_in_dim(mel, begin, width, axis=1)
+            wave = jax.lax.cond(
+                jnp.any(lens > 0), lambda: self._vocode(window, lens), lambda: jnp.zeros_like(tail)
+            )
+            # Of its last chunk, a row hears all, and without a fade.
+            is_faded = (~is_last & (number > 0))[:, None]
+            piece = jnp.where(is_faded, cross_fade(tail, wave, hop * given), wave)
+            size = jnp.where(is_last, hop * lens, jnp.where(number < ends_in, hop * given, 0))
+            old = jax.lax.dynamic_slice_in_dim(out, hop * begin, hop * width, axis=1)
+            new = jnp.where(jnp.arange(hop * width) < size[:, None], piece, old)
+            out = jax.lax.dynamic_update_slice_in_dim(out, new, hop * begin, axis=1)
+            rest = jnp.pad(wave, ((0, 0), (0, hop * width)))
+            return (out, jax.lax.dynamic_slice_in_dim(rest, hop * given, hop * width, axis=1)), None
 
-        waves = jax.lax.map(vocode, (pieces, lens))
+        chunks = (jnp.arange(len(plan)), *jnp.asarray(np.array(plan, np.int32).T))
         out = jnp.zeros((rows, (num_frames + width) * hop))
-        tail = None
-        for number, (begin, end, given) in enumerate(plan):
-            wave, given = waves[number], given * hop
-            is_last = (number == ends_in)[:, None]
-            faded = wave[:, :given] if tail is None else cross_fade(tail, wave[:, :given])
-            piece = jnp.where(is_last, wave, wave.at[:, :given].set(faded))
-            size = jnp.where(is_last, hop * lens[number][:, None], given)
-            size = jnp.where((number <= ends_in)[:, None], size, 0)
-            at = slice(begin * hop, begin * hop + wave.shape[1])
-            heard = jnp.arange(wave.shape[1]) < size
-            out = out.at[:, at].set(jnp.where(heard, piece, out[:, at]))
-            tail = wave[:, given : (end - begin) * hop]
+        (out, _), _ = jax.lax.scan(speak, (out, jnp.zeros((rows, hop * width))), chunks)
         return out[:, : num_frames * hop]

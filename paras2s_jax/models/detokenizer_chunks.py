@@ -144,16 +144,24 @@ def hand_over(num_before: int, size: int) -> tuple[int, int]:
     return given, size - given
 
 
-def cross_fade(before: jax.Array, wave: jax.Array) -> jax.Array:
-    """Fades from the old rendering to the new one over the first half of `wave`: float32[B, G].
+def cross_fade(before: jax.Array, wave: jax.Array, size: jax.Array | int | None = None):
+    """Fades from the old rendering to the new one over the first half of `size` samples.
 
-    By the halves of a periodic Hamming window, whose sum is 1.08. before: float32[B, >= G // 2].
+    By the halves of a periodic Hamming window of that size, whose sum is 1.08.
+    before, wave: float32[B, n] and [B, L]; before has half of `size` samples or more. size: int or
+    int32[], by default L. Returns: as wave.
     """
-    size = wave.shape[1]
+    length = wave.shape[1]
+    size = length if size is None else size
+    before = jnp.pad(before[:, :length], ((0, 0), (0, max(length - before.shape[1], 0))))
+    at = jnp.arange(length)
     half = size // 2
-    window = (0.54 - 0.46 * np.cos(2 * np.pi * np.arange(size) / size)).astype(np.float32)
-    faded = before[:, :half] * window[size - half :] + wave[:, :half] * window[:half]
-    return jnp.concatenate([faded, wave[:, half:]], axis=1)
+
+    def window(at):
+        return 0.54 - 0.46 * jnp.cos(2 * np.pi * (at / size))
+
+    faded = before * window(size - half + at) + wave * window(at)
+    return jnp.where(at < half, faded, wave)
 
 
 def by_length(function: Callable, lens: jax.Array, rows, size: int | None):

@@ -183,7 +183,7 @@ def print_plan(title: str, plans: Sequence[PhasePlan], totals: dict[str, float])
     chip = plans[0].topology.chip
     table = Table(title=f"{title}, one step", title_justify="left")
     for column in ("phase", f"HBM GiB of {chip.hbm_bytes / GIB:.0f}", "of it temporary", "PFLOP",
-                   "flops s", "HBM s", "links s", "floor s", "bound", "GB sent",
+                   "done / needed", "flops s", "HBM s", "links s", "floor s", "bound", "GB sent",
                    "compile s", "RSS GB"):  # fmt: skip
         table.add_column(column, justify="left" if column in ("phase", "bound") else "right")
     for plan in plans:
@@ -193,6 +193,7 @@ def print_plan(title: str, plans: Sequence[PhasePlan], totals: dict[str, float])
             f"{mark}{plan.hbm_bytes / GIB:.2f}",
             f"{plan.parts.get('temporaries', 0) / GIB:.2f}",
             f"{plan.work.flops / 1e15:.2f}",
+            "" if plan.executed_ratio is None else f"{plan.executed_ratio:.2f}",
             *(f"{s:.3f}" for s in (plan.flops_s, plan.hbm_s, plan.wire_s, plan.floor_s)),
             plan.bound,
             f"{plan.wire_bytes / 1e9:.1f}",

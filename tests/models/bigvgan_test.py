@@ -114,6 +114,15 @@ def _first_activation(params):
     return {name: value[0] for name, value in weights.items()}
 
 
+@pytest.mark.parametrize(("size", "dilation"), [(3, 1), (3, 5), (7, 3), (11, 5)])
+def test_convolution_with_a_dilation_of_the_moment(size, dilation):
+    rng = np.random.default_rng(0)
+    x, kernel = rng.normal(size=(2, 9, 4)), rng.normal(size=(size, 4, 3))
+    x, kernel = x.astype(np.float32), kernel.astype(np.float32)
+    found = jax.jit(lambda d: bigvgan.spread_conv(x, kernel, d, 5))(jnp.int32(dilation))
+    np.testing.assert_allclose(found, bigvgan.conv(x, kernel, None, dilation), atol=ATOL)
+
+
 def test_activation_alone(released, io):
     np.testing.assert_allclose(snake.lowpass_filter(), io["filter"].ravel(), atol=1e-7)
     weights = _first_activation(released[1])

@@ -318,6 +318,10 @@ def test_cross_fade_by_hand():
     # Periodic Hamming window of 4: 0.54 - 0.46 cos(pi t / 2) = 0.08, 0.54, 1, 0.54.
     faded = cross_fade(jnp.array([[1.0, 2.0, 7.0]]), jnp.array([[10.0, 20.0, 30.0, 40.0]]))
     np.testing.assert_allclose(faded, [[1.0 + 0.8, 1.08 + 10.8, 30, 40]], rtol=1e-6)
+    # The same in a longer piece, of a size that is known when it runs.
+    piece = jnp.array([[10.0, 20.0, 30.0, 40.0, 50.0]])
+    faded = cross_fade(jnp.array([[1.0, 2.0]]), piece, jnp.int32(4))
+    np.testing.assert_allclose(faded, [[1.8, 11.88, 30, 40, 50]], rtol=1e-6)
 
 
 def test_prefix_slides_and_restarts():
