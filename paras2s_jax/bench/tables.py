@@ -81,6 +81,11 @@ class JudgeInfo:
         return cls(scorer, prompt[1] if prompt else "", dict(settings), mark)
 
     @property
+    def hears_styles(self) -> bool:
+        """Whether the scorer is given waveforms, and no names."""
+        return self.settings.get("score", {}).get("wants") == "waves"
+
+    @property
     def words(self) -> str:
         """The scorer, and the version of its prompt, in words."""
         return f"{self.scorer}, prompt version {self.prompt}" if self.prompt else self.scorer
@@ -171,6 +176,8 @@ def layout(results: Results) -> list[tuple[str, Callable[[SystemResult], str]]]:
 
 def style_sources(results: Results) -> str:
     """Where the judge had the queries' styles from, in words."""
+    if results.judge.hears_styles:
+        return "heard by the scorer itself"
     source = {"analyzer": "heard by the analyzers", "label": "TRUE LABELS given to the judge"}
     return ", ".join(source[name] for name in results.style_sources)
 

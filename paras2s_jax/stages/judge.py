@@ -5,6 +5,7 @@ Also the judge's own card, its batch files, replays from the ledger, and leaderb
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from paras2s_jax.judge.endpoint_score import EndpointScorer
 from paras2s_jax.judge.ledger import Ledger
 from paras2s_jax.judge.replay import DESCRIPTION, replay_judge
 from paras2s_jax.stages.attack import attack_figures
-from paras2s_jax.stages.judging import LEDGER, make_judge, make_scorer, use_labels
+from paras2s_jax.stages.judging import ENDPOINT, LEDGER, make_judge, make_scorer, use_labels
 from paras2s_jax.stages.registry import Figures, StageError, print_figures
 from paras2s_jax.stages.speech import maker_of
 from paras2s_jax.stages.systems import make_system
@@ -137,6 +138,7 @@ def _make_card(
     )
     figures, verdicts = probes.run(judge, made, root, use_labels=use_labels(config, queries))
     figures |= verdict_figures(verdicts)
+    figures["judge/usd_per_1000"] = _usd(config, figures) * 1000 / len(verdicts)
     attacked = attack_figures(config, folder)
     (changed,) = (value for name, value in attacked.items() if name.endswith("/changed"))
     figures |= attacked | {"judge/attack_changed": changed}
@@ -157,6 +159,15 @@ def _make_card(
         print(f"failed: {failure}")
     print(f"{'passed' if found.is_passed else 'NOT PASSED'}: {folder / CARD / 'card.md'}")
     return figures
+
+
+def _usd(config: ConfigDict, figures: Figures) -> float:
+    """What the scorer's tokens cost at the prices of the config; NaN where there are none."""
+    c = config.judge.endpoint
+    if config.judge.scorer != ENDPOINT or not (c.usd_per_million_in or c.usd_per_million_out):
+        return math.nan
+    tokens_in, tokens_out = (figures[f"judge/tokens_{way}"] for way in ("in", "out"))
+    return 1e-6 * (tokens_in * c.usd_per_million_in + tokens_out * c.usd_per_million_out)
 
 
 def _batch(

@@ -79,6 +79,10 @@ def is_told_styles(config: ConfigDict) -> bool:
 def make_transcriber(config: ConfigDict, workdir: Path) -> Transcriber:
     """The recogniser alone; see make_judge."""
     c = config.judge
+    if c.transcriber == NONE:
+        raise StageError(
+            f"judge.transcriber is {NONE!r}, but somebody has to hear words: name one."
+        )
     if c.transcriber == PACKAGED:
         return WhisperTranscriber.load(parts_dir(config, workdir), batch_size=c.batch_size)
     with _settings(f"judge.transcriber = {c.transcriber!r}"):

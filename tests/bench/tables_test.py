@@ -86,6 +86,9 @@ def test_markdown_row_and_caption():
 
 def test_labels_are_announced():
     assert "TRUE LABELS" in tables.to_markdown(results(style_sources=("label",)))
+    waves = tables.JudgeInfo.of({"score": {"model": "reward-1", "settings": {}, "wants": "waves"}})
+    said = tables.to_markdown(results(style_sources=("label",), judge=waves))
+    assert "style of the query: heard by the scorer itself" in said and "LABELS" not in said
 
 
 def test_the_table_says_how_the_judge_did_on_its_card():
