@@ -16,15 +16,13 @@ from paras2s_jax.bench.leaderboard import differences
 from paras2s_jax.bench.rating_page import write_rating_page
 from paras2s_jax.bench.rows import AnswerRow, read_benches, read_queries, read_rows
 from paras2s_jax.bench.tables import Results
-from paras2s_jax.data.endpoint import ChatClient, Endpoint
 from paras2s_jax.judge import agreement
-from paras2s_jax.judge.duel import Duel, EndpointComparer
+from paras2s_jax.judge.duel import Duel
 from paras2s_jax.judge.interfaces import Heard, Score
 from paras2s_jax.judge.ledger import Ledger
-from paras2s_jax.judge.score_prompt import ScorePrompt
 from paras2s_jax.judge.stored_scores import StoredScores
 from paras2s_jax.stages.judge import benches_of
-from paras2s_jax.stages.judging import ENDPOINT, LEDGER
+from paras2s_jax.stages.judging import LEDGER, make_comparer
 from paras2s_jax.stages.registry import Figures, StageError
 
 JUDGE, PEOPLE = "judge", "people"
@@ -76,25 +74,13 @@ def duel(config: ConfigDict, workdir: str, *, runs: str, num_queries: int) -> Fi
         num_queries: as many of those that all systems answered, evenly chosen; 0: all.
 
     Raises:
-        StageError: the judge has no language model behind a server. BenchError: as `run`.
+        StageError: the judge has no language model. BenchError: as `run`.
         EndpointError: the server gives nothing.
     """
-    c, folder = config.judge, Path(workdir)
-    if c.scorer != ENDPOINT:
-        raise StageError(
-            f"duels are decided by a language model behind a server: set "
-            f"--config.judge.scorer={ENDPOINT}."
-        )
+    folder, comparer = Path(workdir), make_comparer(config)
     found = read_benches(benches_of(runs.split(",")))
     _check_one_measure(found)
     games = _games(_rows(found), num_queries)
-    comparer = EndpointComparer(
-        ChatClient(Endpoint(**c.endpoint)),
-        ScorePrompt.load(c.prompt_version),
-        version=c.duel_prompt_version,
-        response_format=c.response_format,
-        max_tokens=c.max_tokens,
-    )
     with Ledger(folder / LEDGER) as ledger:
         scores = StoredScores(comparer, ledger)
         outcomes = scores.get([game for _, _, _, game in games])

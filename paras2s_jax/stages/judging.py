@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -16,6 +17,7 @@ from paras2s_jax.data.records import DIMENSIONS, Query, Response, Verdict, read_
 from paras2s_jax.judge.captioner import ToneCaptioner
 from paras2s_jax.judge.chain import Judge
 from paras2s_jax.judge.classifier import WaveClassifier
+from paras2s_jax.judge.duel import DuelPrompt, EndpointComparer, LocalComparer
 from paras2s_jax.judge.endpoint_score import EndpointScorer
 from paras2s_jax.judge.endpoint_tone import EndpointToneCaptioner
 from paras2s_jax.judge.interfaces import (
@@ -167,22 +169,44 @@ def make_scorer(config: ConfigDict, workdir: Path) -> Scorer | WaveScorer:
             max_tokens=c.max_tokens,
         )
     if c.scorer == LOCAL:
-        model, params, tokenizer = from_pretrained(c.local.checkpoint, dtype=c.dtype)
-        if not isinstance(model, Qwen2LM) or tokenizer is None:
-            raise StageError(
-                f"judge.local.checkpoint = {c.local.checkpoint!r} is no text model with a "
-                "tokenizer; take for instance Qwen/Qwen2.5-7B-Instruct."
-            )
         with _settings(f"judge.local.checkpoint = {c.local.checkpoint!r}"):
-            return LocalScorer(
-                model,
-                params,
-                tokenizer,
-                prompt,
-                name=Path(c.local.checkpoint).name,
-                batch_size=c.local.batch_size,
-            )
+            return LocalScorer(*_language_model(c), prompt, **_local_options(c))
     raise StageError(f"judge.scorer is {c.scorer!r}; choose one of {', '.join(SCORERS)}.")
+
+
+def make_comparer(config: ConfigDict) -> EndpointComparer | LocalComparer:
+    """Who compares two answers side by side: the language model that the judge scores with.
+
+    Raises:
+        StageError: it scores with none.
+    """
+    c = config.judge
+    prompt = DuelPrompt.load(c.duel_prompt_version, ScorePrompt.load(c.prompt_version))
+    if c.scorer == ENDPOINT:
+        client, options = ChatClient(Endpoint(**c.endpoint)), {"max_tokens": c.max_tokens}
+        return EndpointComparer(client, prompt, response_format=c.response_format, **options)
+    if c.scorer == LOCAL:
+        with _settings(f"judge.local.checkpoint = {c.local.checkpoint!r}"):
+            return LocalComparer(*_language_model(c), prompt, **_local_options(c))
+    raise StageError(
+        f"judge.scorer is {c.scorer!r}, but only a language model can compare two answers: set "
+        f"--config.judge.scorer={ENDPOINT} or {LOCAL}."
+    )
+
+
+def _language_model(c: ConfigDict) -> tuple[Qwen2LM, Mapping[str, Any], Any]:
+    """Model, parameters and tokenizer of judge.local."""
+    model, params, tokenizer = from_pretrained(c.local.checkpoint, dtype=c.dtype)
+    if not isinstance(model, Qwen2LM) or tokenizer is None:
+        raise StageError(
+            f"judge.local.checkpoint = {c.local.checkpoint!r} is no text model with a "
+            "tokenizer; take for instance Qwen/Qwen2.5-7B-Instruct."
+        )
+    return model, params, tokenizer
+
+
+def _local_options(c: ConfigDict) -> dict[str, Any]:
+    return {"name": Path(c.local.checkpoint).name, "batch_size": c.local.batch_size}
 
 
 @contextlib.contextmanager

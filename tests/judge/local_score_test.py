@@ -10,33 +10,9 @@ import transformers
 from paras2s_jax.judge.interfaces import Failure, Heard
 from paras2s_jax.judge.local_score import REPLY_START, LocalScorer
 from paras2s_jax.judge.score_prompt import ScorePrompt
-from paras2s_jax.models.placement import unbox
-from paras2s_jax.models.qwen2 import Qwen2Config, Qwen2LM
+from tests.judge.conftest import TEMPLATE
 
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 PROMPT = ScorePrompt("t", "Rate.", dict.fromkeys(("emotion", "age"), "Be fair."))
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    made = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=made)
-    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    fast.chat_template = TEMPLATE
-    return fast
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer):
-    lm = Qwen2LM(Qwen2Config(len(tokenizer), 16, 24, 2, 2, 1))
-    init = jax.jit(lm.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
-    # Large enough for the digits to differ.
-    return lm, jax.tree.map(lambda x: 4.0 * x if x.ndim > 1 else x, unbox(init)["params"])
 
 
 def heard(answer, dimension="emotion"):
@@ -94,7 +70,7 @@ def test_models_that_cannot_be_asked_are_refused(model, tokenizer):
     )
     words = transformers.PreTrainedTokenizerFast(tokenizer_object=merged, unk_token="<unk>")
     words.chat_template = TEMPLATE
-    with pytest.raises(ValueError, match="1 is not one token"):
+    with pytest.raises(ValueError, match="1 is no token after"):
         scorer(model, words)
 
 

@@ -16,7 +16,9 @@ from paras2s_jax.data.endpoint import EndpointError
 from paras2s_jax.data.records import Query, Response, Verdict, write_jsonl
 from paras2s_jax.judge.captioner import ToneCaptioner
 from paras2s_jax.judge.classifier import WaveClassifier
+from paras2s_jax.judge.duel import LocalComparer
 from paras2s_jax.judge.endpoint_tone import EndpointToneCaptioner
+from paras2s_jax.judge.local_score import LocalScorer
 from paras2s_jax.judge.published import PublishedClassifier
 from paras2s_jax.judge.recipe import init_variables
 from paras2s_jax.judge.released import ReleasedTranscriber
@@ -26,6 +28,7 @@ from paras2s_jax.models.whisper_layers import WhisperConfig
 from paras2s_jax.stages import judging
 from paras2s_jax.stages.judging import given_verdicts
 from paras2s_jax.stages.registry import StageError
+from tests.judge.conftest import TEMPLATE
 from tests.stages.conftest import write_chat
 
 RESPONSES = [Response(f"q{i}", "sft", sample, "", "") for i in range(2) for sample in range(2)]
@@ -73,10 +76,6 @@ def test_wrong_ones_are_refused(tmp_path, rows, sentence):
 
 
 WORDS = "abcdefghijklmnopqrstuvwxyz"
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 TEXT = {
     "hidden_size": 16,
     "intermediate_size": 24,
@@ -243,7 +242,9 @@ def test_an_open_judge_of_released_checkpoints(
     assert all(1.0 <= score <= 5.0 for score in scores)
 
 
-def test_every_stage_is_what_its_key_says(config, audio_model, whisper, emotions, tmp_path):
+def test_every_stage_is_what_its_key_says(
+    config, text_model, audio_model, whisper, emotions, tmp_path
+):
     c = config.judge
     c.transcriber = str(whisper)
     assert isinstance(judging.make_transcriber(config, tmp_path), ReleasedTranscriber)
@@ -251,6 +252,9 @@ def test_every_stage_is_what_its_key_says(config, audio_model, whisper, emotions
     assert isinstance(judging.make_tone(config, tmp_path), EndpointToneCaptioner)
     c.tone = str(audio_model)
     assert isinstance(judging.make_tone(config, tmp_path), ToneCaptioner)
+    c.scorer, c.local.checkpoint = "local", str(text_model)
+    assert isinstance(judging.make_scorer(config, tmp_path), LocalScorer)
+    assert isinstance(judging.make_comparer(config), LocalComparer)
     c.analyzers.emotion = str(emotions)
     c.analyzer_names.emotion = (("sur", "surprised"), ("sad", "sad"))
     sizes = WhisperConfig(8, 1, 2, 8, num_mel_bins=8, max_source_positions=60)
