@@ -9,6 +9,7 @@ chooses the judge:
     open      released models on this machine: Whisper, Qwen2-Audio, Qwen2.5; free, wants a GPU
     hosted    as open, but scored by a hosted language model: set $OPENAI_API_KEY
     reward    a reward model that was distilled here (`judge.reward.folder`): hears both waveforms
+    reward_7b a distilled Qwen2.5-Omni, of configs/kimi_audio_7b.py, and no other stage
 
 Styles are taken from the queries' labels, unless analyzers are given (`judge.analyzers`).
 """
@@ -32,6 +33,7 @@ JUDGES = {
     "open": _RELEASED | dict(scorer="local"),
     "hosted": _RELEASED | dict(scorer="endpoint", num_repeats=3, temperature=0.7),
     "reward": dict(scorer="reward"),
+    "reward_7b": dict(scorer="reward", transcriber="none", tone="none"),
 }
 
 
@@ -52,6 +54,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     c.judge = _TINY["judge"](analyzers=_WITHOUT_ANALYZERS, **JUDGES[arg])
     # Of the scorer "reward": as in the config that distilled it.
     c.distill = ConfigDict(dict(model=_TINY["reward_model"]()))
+    if arg == "reward_7b":
+        _add_7b(c)
     c.system = system()
     # Small parts of the offline judge, and the voice of the probes.
     c.pretrain = ConfigDict(dict(source="tiny"))
@@ -66,6 +70,13 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         )
     )
     return c
+
+
+def _add_7b(c: ConfigDict) -> None:
+    path = Path(__file__).with_name("kimi_audio_7b.py")
+    trained = runpy.run_path(str(path))["get_config"]("v5p-4x4x4").distill
+    c.distill.model = trained.model
+    c.judge.reward.len_buckets_s, c.judge.reward.batch_size = trained.pair_buckets_s, 8
 
 
 def system() -> ConfigDict:

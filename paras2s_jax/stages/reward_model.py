@@ -75,9 +75,13 @@ def load_reward_model(
         StageError: there is none, or it is not of the sizes that the config says.
     """
     folder = folder or workdir / "distill" / REWARD_MODEL
-    if not folder.is_dir():
-        raise StageError(f"{folder}: no reward model there; run `paras2s distill` first.")
-    if config.distill.model.checkpoint:
+    from_release = bool(config.distill.model.checkpoint)
+    if not (folder if from_release else folder / "params").is_dir():
+        raise StageError(
+            f"{folder}: no reward model there; run `paras2s distill` first, or name the folder "
+            f"distill/{REWARD_MODEL} of a run that has."
+        )
+    if from_release:
         reward_model = audio_lm.reward_model_of(config.distill.model)
         return reward_model, audio_lm.load(reward_model, folder, layouts.train)
     reward_model = _small(config, workdir, asr_encoder(config, workdir)[0])
