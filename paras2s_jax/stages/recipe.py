@@ -150,6 +150,7 @@ def stages_of(config: ConfigDict) -> dict[str, Stage]:
     }
     spared = {"base"} if c.policy.checkpoint else set()
     spared |= {"sft_5x"} - set(c.bench.systems)
+    spared |= set() if trains else {"analyzers"}
     needs["align"] = tuple(name for name in ALIGN if name not in spared)
     return {
         name: dataclasses.replace(stage, needs=needs.get(name, stage.needs))

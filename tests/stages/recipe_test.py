@@ -52,6 +52,15 @@ def test_what_the_small_loop_needs(load_config):
     assert stages_of(config)["sft"].needs == ("base",)
 
 
+def test_a_judge_that_is_told_the_styles_needs_no_analyzers(load_config):
+    config = load_config("tiny", "quick")
+    assert "analyzers" in stages_of(config)["align"].needs
+    config.judge.analyzers = dict.fromkeys(config.judge.analyzers, "")
+    stages = stages_of(config)
+    for name in ("align", "distill", "grpo", "bench"):
+        assert "analyzers" not in stages[name].needs
+
+
 def test_a_released_policy_on_a_users_data_needs_nothing_that_is_packaged(load_config):
     config = load_config("kimi_audio_7b")
     stages = stages_of(config)
