@@ -114,7 +114,8 @@ def _probe_figures(
         maker=maker_of(config),
         resynthesize=resynthesize,
     )
-    return probes.run(judge, chosen, data_dir(config, workdir))[0]
+    root = data_dir(config, workdir)
+    return probes.run(judge, chosen, root, use_labels=config.bench.use_labels)[0]
 
 
 def run_report(config: ConfigDict, workdir: Path) -> dict[str, float]:
