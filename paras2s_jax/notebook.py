@@ -69,7 +69,8 @@ def paras2s(line: str, stop: Callable[[], bool] = _never) -> None:
     ) as process:
         _follow(process, stop)
     if process.returncode:
-        raise CommandError(f"paras2s {line.split()[0]} ended with status {process.returncode}.")
+        command = line.split(maxsplit=1)[0]
+        raise CommandError(f"paras2s {command} ended with status {process.returncode}.")
 
 
 def _follow(process: subprocess.Popen, stop: Callable[[], bool]) -> None:
