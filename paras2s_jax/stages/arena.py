@@ -80,6 +80,12 @@ def duel(config: ConfigDict, workdir: str, *, runs: str, num_queries: int) -> Fi
     folder, comparer = Path(workdir), make_comparer(config)
     found = read_benches(benches_of(runs.split(",")))
     _check_one_measure(found)
+    lacking = {"transcribe", "tone"} - set(found[0][1].judge.settings)
+    if lacking:
+        raise BenchError(
+            f"{found[0][0]} was judged without the stage {min(lacking)!r}, so that nobody knows "
+            "what the answers say: judge with a transcriber and a tone namer first."
+        )
     games = _games(_rows(found), num_queries)
     with Ledger(folder / LEDGER) as ledger:
         scores = StoredScores(comparer, ledger)
@@ -113,7 +119,8 @@ def _games(rows: Sequence[AnswerRow], num_queries: int) -> list[tuple[str, str, 
     heard: dict[str, dict[str, Heard]] = defaultdict(dict)
     for row in rows:
         verdict, query = row.verdict, row.query
-        if row.response.sample == 0 and (verdict.status == "ok" or verdict.status[:6] == "score:"):
+        is_heard = verdict.status == "ok" or verdict.status.startswith("score:")
+        if row.response.sample == 0 and is_heard:
             heard[query.id][verdict.system] = Heard(
                 query.dimension,
                 verdict.transcript_in,

@@ -251,6 +251,30 @@ def test_duels_of_two_runs(asked, tmp_path, fake_judge, capsys):
     assert "whose winner changes with the order: 100%" in table
 
 
+def test_duels_need_somebody_who_heard_the_answers(asked, tmp_path, monkeypatch, capsys):
+    class Waves:
+        name, version, settings_hash = "waves", "1", "x"
+
+        def score_waves(self, pairs, repeat=0):
+            for index, _ in enumerate(pairs):
+                yield index, Score(3.0, None, None, "")
+
+    monkeypatch.setattr(
+        judge_stage,
+        "make_judge",
+        lambda config, workdir: Judge(
+            None, {}, None, Waves(), Ledger(workdir / judge_stage.LEDGER), progress=False
+        ),
+    )
+    source = f"--config.system.source={tmp_path / 'answers'}"
+    assert run(asked, tmp_path / "one", source) == 0
+    assert "heard by the scorer itself" in capsys.readouterr().out
+    argv = ["paras2s", "duel", "--config=configs/judge.py", f"--workdir={tmp_path / 'duel'}"]
+    argv += ["--config.judge.scorer=endpoint", f"--runs={tmp_path / 'one'}"]
+    assert cli.main([*argv, "--config.judge.endpoint.base_url=http://localhost:1/v1"]) == 2
+    assert "was judged without the stage 'tone'" in capsys.readouterr().err
+
+
 def test_runs_of_different_judges_do_not_meet(asked, tmp_path, fake_judge, monkeypatch, capsys):
     source = f"--config.system.source={tmp_path / 'answers'}"
     assert run(asked, tmp_path / "one", source, "--config.system.name=one") == 0
