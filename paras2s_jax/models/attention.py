@@ -5,7 +5,8 @@
 | NVIDIA GPU of compute capability 8 or more | float16 or bfloat16, head size a multiple of 8 up to
   128, more than SHORT keys, even lengths where there is a mask | cuDNN flash attention |
 | TPU | more than SHORT keys, no mask or one per key | the Pallas flash kernel that jax ships |
-| one CPU device | more than SHORT keys | a head and a block of queries at a time |
+| one CPU device | more than SHORT keys, or CPU_SCORES queries times keys | a head and a block of
+  queries at a time (models/blocked.py) |
 | else | | the whole score matrix (XLA) |
 
 The choice is made while a program is traced: for the devices of the ambient mesh if there is one
@@ -21,12 +22,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from paras2s_jax.models import axes
+from paras2s_jax.models import axes, blocked
 
-# Up to here the whole matrix fits caches, and all platforms take the same simple program.
+# Keys up to which accelerators take the same simple program.
 SHORT = 512
-# Queries at a time on a CPU: 512 scores of 1500 keys are 3 MB.
-QUERY_BLOCK = 512
+# A CPU has the scores of all heads in its caches up to here, and is faster without a loop.
+CPU_SCORES = 10_000
 # The TPU kernel works on blocks of 128 positions; larger ones amortise its loops.
 TPU_BLOCK = 512
 KERNELS = ("xla", "blocked", "pallas", "cudnn")
@@ -51,7 +52,8 @@ def attend(
     """
     kernel = kernel or choose(q, k, mask, bias)
     if kernel == "blocked":
-        return blocked(q, k, v, mask, scale, bias)
+        heads_first = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+        return jnp.swapaxes(blocked.attend(*heads_first, mask, scale, bias), 1, 2)
     if kernel == "pallas":
         if bias is not None:
             raise ValueError("attend: the TPU kernel takes no bias")
@@ -63,16 +65,23 @@ def attend(
 
 def choose(q: jax.Array, k: jax.Array, mask=None, bias=None) -> str:
     """Name of the kernel that suits the arguments of attend."""
+    platform, _ = target()
+    if suits_blocks(q.shape[1], k.shape[1]):
+        return "blocked"
     if k.shape[1] <= SHORT:
         return "xla"
-    platform, num_devices = target()
     by_key = mask is None or mask.shape[1:3] == (1, 1)
     if platform == "tpu" and by_key and bias is None:
         return "pallas"
     if platform == "gpu" and _suits_cudnn(q, k, mask is not None or bias is not None):
         return "cudnn"
+    return "xla"
+
+
+def suits_blocks(steps: int, size: int) -> bool:
+    """Whether `steps` queries of `size` keys are best attended to in blocks."""
     # Over several (virtual) CPU devices a loop over heads would gather what is spread.
-    return "blocked" if platform == "cpu" and num_devices == 1 else "xla"
+    return target() == ("cpu", 1) and (size > SHORT or steps * size >= CPU_SCORES)
 
 
 def target() -> tuple[str, int]:
@@ -90,52 +99,6 @@ def _suits_cudnn(q, k, has_bias: bool) -> bool:
     # In training, cuDNN takes a bias (a mask becomes one) for even lengths only.
     even = not has_bias or (q.shape[1] % 2 == 0 and k.shape[1] % 2 == 0)
     return q.dtype in (jnp.float16, jnp.bfloat16) and q.shape[-1] in range(8, 129, 8) and even
-
-
-def blocked(q, k, v, mask=None, scale=None, bias=None) -> jax.Array:
-    """As attend, one head and one block of queries at a time, so that scores stay in cache."""
-    rows, steps, heads, width = q.shape
-    group = heads // k.shape[2]
-    scale = width**-0.5 if scale is None else scale
-    count = -(-steps // QUERY_BLOCK)
-    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
-    q, mask, bias = (_query_blocks(x, count) for x in (q, mask, bias))
-
-    def one(index):
-        keys = (index[0], index[1] // group)
-        scores = jax.lax.dot_general(
-            q[index] * scale,
-            k[keys],
-            (((1,), (1,)), ((), ())),
-            preferred_element_type=jnp.float32,
-        )
-        if bias is not None:
-            scores = scores + _block(bias, index)
-        if mask is not None:
-            scores = jnp.where(_block(mask, index), scores, jnp.finfo(jnp.float32).min)
-        return jax.nn.softmax(scores, axis=-1).astype(v.dtype) @ v[keys]
-
-    grid = jnp.meshgrid(*map(jnp.arange, (rows, heads, count)), indexing="ij")
-    out = jax.lax.map(one, tuple(index.reshape(-1) for index in grid))
-    out = out.reshape(rows, heads, -1, width)[:, :, :steps]
-    return jnp.swapaxes(out, 1, 2)
-
-
-def _query_blocks(x: jax.Array | None, count: int) -> jax.Array | None:
-    """[b, n, T, ...] -> [b, n, count, T / count, ...], T filled up; a T of 1 holds for all."""
-    if x is None:
-        return None
-    x = jnp.asarray(x)
-    if x.shape[2] == 1:
-        return x[:, :, None]
-    room = -x.shape[2] % count
-    x = jnp.pad(x, ((0, 0), (0, 0), (0, room), (0, 0)))
-    return x.reshape(*x.shape[:2], count, -1, x.shape[-1])
-
-
-def _block(x: jax.Array, index) -> jax.Array:
-    """x[index], where axes of size 1 hold for all."""
-    return x[tuple(i if size > 1 else 0 for i, size in zip(index, x.shape))]
 
 
 def pallas_flash(q, k, v, mask=None, scale=None) -> jax.Array:

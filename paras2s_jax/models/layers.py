@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paras2s_jax.models import axes
-from paras2s_jax.models.attention import SHORT, attend, target
+from paras2s_jax.models import axes, blocked
+from paras2s_jax.models.attention import SHORT, attend, suits_blocks, target
 
 __all__ = [
     "KERNEL_INIT",
@@ -229,16 +229,24 @@ class Segment(NamedTuple):
 
 
 def attend_segments(q: jax.Array, segments: Sequence[Segment], scale: float | None = None):
-    """Attention with one softmax over all segments; shared keys are never repeated.
+    """Attention with one softmax over all segments.
 
-    q: float[B, T, N, H]. Returns: as q. A single segment of more than SHORT keys, one row per query
-    row, is attended to as `attend` does, unless there is but one query.
+    q: float[B, T, N, H]. Returns: as q. Shared keys are repeated on a CPU alone, for more than one
+    query; a single segment of many keys, one row per query row, is attended to as `attend` does.
     """
     rows, steps, heads, width = q.shape
-    k, v, mask = segments[0]
-    if len(segments) == 1 and k.shape[0] == rows and k.shape[2] > SHORT and steps > 1:
-        return attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask[:, None], scale)
     scale = width**-0.5 if scale is None else scale
+    if steps > 1:
+        if target() == ("cpu", 1) and len(segments) > 1:
+            # Copying keys costs less there than to bring scores of several arrays together.
+            segments = [_joined(segments, rows)]
+        k, v, mask = segments[0]
+        if len(segments) == 1 and k.shape[0] == rows:
+            if suits_blocks(steps, k.shape[2]):
+                out = blocked.attend(q.swapaxes(1, 2), k, v, mask[:, None], scale)
+                return out.swapaxes(1, 2)
+            if k.shape[2] > SHORT:
+                return attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask[:, None], scale)
     scores = [_segment_scores(q * scale, segment) for segment in segments]
     probs = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
     out, start = 0.0, 0
@@ -246,11 +254,27 @@ def attend_segments(q: jax.Array, segments: Sequence[Segment], scale: float | No
         shared, kv_heads, size = segment.k.shape[:3]
         block = jax.lax.slice_in_dim(probs, start, start + size, axis=-1).astype(segment.v.dtype)
         # [B, K, N/K, T, S] -> the rows that share one key row are put side by side.
-        block = block.reshape(shared, -1, kv_heads, heads // kv_heads, steps, size)
-        mixed = jnp.einsum("BGKQTS,BKSH->BGTKQH", block, segment.v)
-        out = out + mixed.reshape(rows, steps, heads, width)
+        block = block.reshape(shared, -1, kv_heads, heads // kv_heads, steps, size).swapaxes(1, 2)
+        mixed = jnp.einsum("BKGQTS,BKSH->BKGQTH", block, segment.v)
+        out = out + mixed.transpose(0, 2, 4, 1, 3, 5).reshape(rows, steps, heads, width)
         start += size
     return out
+
+
+def _joined(segments: Sequence[Segment], rows: int) -> Segment:
+    """All keys in one segment with a row of its own for each query row."""
+
+    def repeat(x):
+        return jnp.repeat(x, rows // x.shape[0], axis=0)
+
+    steps = max(segment.mask.shape[1] for segment in segments)
+    masks = [repeat(segment.mask) for segment in segments]
+    masks = [jnp.broadcast_to(mask, (rows, steps, mask.shape[2])) for mask in masks]
+    k, v = (
+        jnp.concatenate([repeat(getattr(segment, name)) for segment in segments], axis=2)
+        for name in ("k", "v")
+    )
+    return Segment(k, v, jnp.concatenate(masks, axis=2))
 
 
 def _segment_scores(q: jax.Array, segment: Segment) -> jax.Array:
@@ -258,7 +282,8 @@ def _segment_scores(q: jax.Array, segment: Segment) -> jax.Array:
     rows, steps, heads, width = q.shape
     shared, kv_heads, size = segment.k.shape[:3]
     q = q.reshape(shared, rows // shared, steps, kv_heads, heads // kv_heads, width)
-    scores = jnp.einsum("BGTKQH,BKSH->BGKQTS", q, segment.k, preferred_element_type=jnp.float32)
+    q = q.transpose(0, 3, 1, 4, 2, 5)
+    scores = jnp.einsum("BKGQTH,BKSH->BKGQTS", q, segment.k, preferred_element_type=jnp.float32)
     mask = segment.mask[:, None, None, None]
     scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-    return scores.reshape(rows, kv_heads, heads // kv_heads, steps, size)
+    return scores.swapaxes(1, 2).reshape(rows, kv_heads, heads // kv_heads, steps, size)

@@ -107,9 +107,15 @@ class Qwen2MLP(_Part):
         c = self.config
         gate = self._dense("gate_proj", c.intermediate_size, (axes.EMBED, axes.MLP))(x)
         up = self._dense("up_proj", c.intermediate_size, (axes.EMBED, axes.MLP))(x)
-        hidden = nn.silu(gate) * up
+        hidden = _gated(gate, up)
         hidden = constrain(hidden, (axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_MLP))
         return self._dense("down_proj", c.hidden_size, (axes.MLP, axes.EMBED))(hidden)
+
+
+@jax.checkpoint
+def _gated(gate, up):
+    """Only what the products made is kept for the backward pass, not also what follows from it."""
+    return nn.silu(gate) * up
 
 
 class Qwen2DecoderLayer(nn.Module):

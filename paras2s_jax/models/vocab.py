@@ -2,7 +2,8 @@
 
 Logits are made for some positions at a time, again in the backward pass. On a mesh every device
 loops over its own rows: the head is gathered once before the loop, and its gradient is summed on
-each device and reduced once after it.
+each device and reduced once after it. Where there is room for all of them, probabilities are kept
+for the backward pass instead.
 """
 
 import dataclasses
@@ -16,7 +17,11 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from paras2s_jax.models import axes
+from paras2s_jax.models.attention import target
 from paras2s_jax.models.placement import active_spec, axes_of
+
+# Positions at a time on a CPU whose logits are kept: 256 of a large vocabulary fit its caches.
+CPU_CHUNK = 256
 
 
 def token_logp(
@@ -31,8 +36,9 @@ def token_logp(
     """Log-probability of ids under softmax(hidden @ kernel / temperature), and its entropy.
 
     hidden: float[B, T, D]; kernel: float[D, V] with the axes embed and vocab; ids: int32[B, T].
-    chunk: positions whose float32 logits [., V] a device holds at one time, None for all of its
-    own. dtype: of the factors of the product, by default hidden's; sums are float32.
+    chunk: positions whose float32 logits [., V] a device holds at one time; None: all of its own,
+    until the backward pass. dtype: of the factors of the product, by default hidden's; sums are
+    float32.
     Returns: two float32[B, T]; the entropy, in nats, has no gradient.
     """
     plan = _plan(hidden, kernel, temperature, chunk, hidden.dtype if dtype is None else dtype)
@@ -46,6 +52,7 @@ class _Plan:
     temperature: float
     chunk: int | None
     dtype: Any
+    keep: bool
     on_mesh: bool = False
     rows: tuple[str, ...] = ()
     embed: tuple[str, ...] = ()
@@ -54,13 +61,14 @@ class _Plan:
     def run(self, function: Callable, inputs: str, outputs: str) -> Callable:
         """function on every device, on its part; one letter says what each array is.
 
-        r: leading rows [B, …]; k: the kernel.
+        r: leading rows [B, …]; k: the kernel; p: the probabilities that are kept, if any.
         """
         if not self.on_mesh:
             return function
         specs = {
             "r": PartitionSpec(self.rows or None),
             "k": PartitionSpec(self.embed or None, self.vocab or None),
+            "p": PartitionSpec(None, self.rows or None, self.vocab or None),
         }
         return jax.shard_map(
             function,
@@ -72,7 +80,10 @@ class _Plan:
 
 def _plan(hidden, kernel, temperature, chunk, dtype) -> _Plan:
     mesh = jax.sharding.get_abstract_mesh()
-    plan = _Plan(float(temperature), chunk, jnp.dtype(dtype))
+    keep = chunk is None
+    if keep and target()[0] == "cpu":
+        chunk = CPU_CHUNK
+    plan = _Plan(float(temperature), chunk, jnp.dtype(dtype), keep)
     if mesh.empty or not nn.get_logical_axis_rules():
         return plan
     (rows,) = active_spec(hidden.shape[:1], (axes.ACT_BATCH,))
@@ -85,17 +96,17 @@ def _plan(hidden, kernel, temperature, chunk, dtype) -> _Plan:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _token_logp(plan: _Plan, hidden, kernel, ids):
-    return _forward(plan, hidden, kernel, ids)[0]
+    return _forward(dataclasses.replace(plan, keep=False), hidden, kernel, ids)[0]
 
 
 def _forward(plan: _Plan, hidden, kernel, ids):
-    run = plan.run(functools.partial(_local_forward, plan), "rkr", "rrr")
-    logp, entropy, lse = run(hidden, kernel, ids)
-    return (logp, entropy), (hidden, kernel, ids, lse)
+    run = plan.run(functools.partial(_local_forward, plan), "rkr", "rrrp")
+    logp, entropy, lse, probs = run(hidden, kernel, ids)
+    return (logp, entropy), (hidden, kernel, ids, lse, probs)
 
 
 def _backward(plan: _Plan, kept, grads):
-    run = plan.run(functools.partial(_local_backward, plan), "rkrrr", "rk")
+    run = plan.run(functools.partial(_local_backward, plan), "rkrrpr", "rk")
     return *run(*kept, grads[0]), None
 
 
@@ -119,20 +130,25 @@ def _local_forward(plan: _Plan, hidden, kernel, ids):
         )
         total, mean, chosen = _over(jax.lax.psum, plan.vocab, sums)
         log_total = jnp.log(total)
-        return chosen - log_total, log_total - mean / total, highest + log_total
+        found = chosen - log_total, log_total - mean / total, highest + log_total
+        kept = (weights / total[:, None]).astype(plan.dtype) if plan.keep else None
+        return found, kept
 
-    shape = ids.shape
-    found = _in_chunks(score, plan.chunk, hidden.reshape(-1, hidden.shape[-1]), ids.reshape(-1))
-    return tuple(x.reshape(shape) for x in found)
+    def body(carry, xs):
+        return carry, score(*xs)
+
+    flat = hidden.reshape(-1, hidden.shape[-1]), ids.reshape(-1)
+    _, (found, probs) = jax.lax.scan(body, (), _chunks(plan, *flat))
+    return *(_rows(x, ids.size).reshape(ids.shape) for x in found), probs
 
 
-def _local_backward(plan: _Plan, hidden, kernel, ids, lse, grads):
+def _local_backward(plan: _Plan, hidden, kernel, ids, lse, probs, grads):
     head = _gathered(plan, kernel)
 
     def gradient(total, inputs):
-        hidden, ids, lse, grads = inputs
-        logits = _logits(plan, hidden, head)
-        probs = jnp.exp(logits - lse[:, None])
+        (hidden, ids, lse, grads), probs = inputs
+        if probs is None:
+            probs = jnp.exp(_logits(plan, hidden, head) - lse[:, None])
         is_chosen = jnp.arange(head.shape[1]) == _local_ids(plan, head, ids)[:, None]
         slope = (is_chosen - probs) * (grads / plan.temperature)[:, None]
         slope = slope.astype(plan.dtype)
@@ -142,9 +158,11 @@ def _local_backward(plan: _Plan, hidden, kernel, ids, lse, grads):
 
     flat = [hidden.reshape(-1, hidden.shape[-1])]
     flat += [x.reshape(-1) for x in (ids, lse, grads)]
-    total, g_hidden = _scan_chunks(gradient, jnp.zeros(head.shape), plan.chunk, *flat)
+    chunks = _chunks(plan, *flat)
+    total, g_hidden = jax.lax.scan(gradient, jnp.zeros(head.shape), (chunks, probs))
     g_kernel = _reduced(plan, total).astype(kernel.dtype)
-    return g_hidden.reshape(hidden.shape).astype(hidden.dtype), g_kernel
+    g_hidden = _rows(g_hidden, ids.size).reshape(hidden.shape)
+    return g_hidden.astype(hidden.dtype), g_kernel
 
 
 def _logits(plan: _Plan, hidden, head) -> jax.Array:
@@ -190,25 +208,18 @@ def _over(reduce: Callable, names: tuple[str, ...], x: jax.Array) -> jax.Array:
     return reduce(x, names) if names else x
 
 
-def _in_chunks(function: Callable, chunk: int | None, *arrays: jax.Array):
-    """function(*arrays), `chunk` rows at a time."""
-    _, found = _scan_chunks(lambda carry, xs: (carry, function(*xs)), (), chunk, *arrays)
-    return found
-
-
-def _scan_chunks(function: Callable, carry: Any, chunk: int | None, *arrays: jax.Array):
-    """function(carry, rows of the arrays) -> (carry, results), `chunk` rows at a time.
-
-    Rows that fill the last chunk up are zeros. Returns: (carry, the results of all rows).
-    """
+def _chunks(plan: _Plan, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Arrays [N, …] -> [count, n, …] with n of at most plan.chunk; the last rows are zeros."""
     size = arrays[0].shape[0]
-    if chunk is None or chunk >= size:
-        return function(carry, arrays)
-    num = -(-size // chunk)
+    count = 1 if plan.chunk is None else -(-size // plan.chunk)
 
     def split(x):
-        x = jnp.pad(x, [(0, num * chunk - size)] + [(0, 0)] * (x.ndim - 1))
-        return x.reshape(num, chunk, *x.shape[1:])
+        x = jnp.pad(x, [(0, -size % count)] + [(0, 0)] * (x.ndim - 1))
+        return x.reshape(count, -1, *x.shape[1:])
 
-    carry, found = jax.lax.scan(function, carry, tuple(map(split, arrays)))
-    return carry, jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:])[:size], found)
+    return tuple(map(split, arrays))
+
+
+def _rows(chunks: jax.Array, size: int) -> jax.Array:
+    """[count, n, …] -> [N, …]."""
+    return chunks.reshape(-1, *chunks.shape[2:])[:size]

@@ -44,7 +44,7 @@ class TextPolicy:
     model: Qwen2LM
     max_steps: int
     ends: tuple[int, ...] = ()
-    logp_chunk: int | None = 256
+    logp_chunk: int | None = None
 
     def rollout(self, variables, prompt, rng: jax.Array, group_size: int) -> dict[str, jax.Array]:
         """Samples at temperature 1. Returns: streams text_out, text_mask of [P, G, R]."""

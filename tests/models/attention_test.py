@@ -1,5 +1,6 @@
 """Every kernel against the whole score matrix, and which one is chosen."""
 
+import functools
 import types
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from paras2s_jax.models import attention
+from paras2s_jax.models import attention, blocked
 from paras2s_jax.train import sharding
 
 ROWS, STEPS, KEYS, HEADS, KV_HEADS, WIDTH = 2, 7, 11, 6, 2, 5
@@ -34,40 +35,59 @@ def _masks() -> dict[str, np.ndarray | None]:
     return masks | {"none": None}
 
 
+in_blocks = functools.partial(attention.attend, kernel="blocked")
+
+
 @pytest.mark.parametrize("block", [2, 3, 7, 512])
 @pytest.mark.parametrize("mask", ["none", "key", "query", "head"])
 def test_blocks_change_nothing(monkeypatch, block, mask):
-    monkeypatch.setattr(attention, "QUERY_BLOCK", block)
+    monkeypatch.setattr(blocked, "QUERY_BLOCK", block)
     q, k, v = _inputs()
     mask = _masks()[mask]
     bias = np.random.default_rng(2).normal(size=(1, HEADS, STEPS, KEYS)).astype(np.float32)
     for scale, added in ((None, None), (0.3, bias)):
         want = jax.jit(jax.nn.dot_product_attention)(q, k, v, added, mask, scale=scale)
-        got = jax.jit(attention.blocked)(q, k, v, mask, scale, added)
+        got = jax.jit(in_blocks)(q, k, v, mask, scale, added)
         assert got.shape == want.shape and got.dtype == want.dtype
         np.testing.assert_allclose(got, want, atol=1e-5)
 
 
-def test_blocks_have_the_same_gradient(monkeypatch):
-    monkeypatch.setattr(attention, "QUERY_BLOCK", 3)
+@pytest.mark.parametrize("mask", ["none", "key", "query", "head"])
+def test_blocks_have_the_same_gradient(monkeypatch, mask):
+    monkeypatch.setattr(blocked, "QUERY_BLOCK", 3)
     q, k, v = _inputs()
-    mask = _masks()["key"]
+    mask = _masks()[mask]
+    bias = np.random.default_rng(2).normal(size=(1, HEADS, STEPS, KEYS)).astype(np.float32)
 
-    def gradient(kernel):
+    def gradient(kernel, bias, scale):
         def loss(qkv):
-            return jnp.sum(jnp.sin(attention.attend(*qkv, mask, kernel=kernel)))
+            out = attention.attend(*qkv, mask, scale, bias, kernel=kernel)
+            return jnp.sum(jnp.sin(out))
 
         return jax.jit(jax.grad(loss))((q, k, v))
 
-    for got, want in zip(gradient("blocked"), gradient("xla")):
-        np.testing.assert_allclose(got, want, atol=1e-5)
+    for args in ((None, 0.3), (bias, None)):
+        for got, want in zip(gradient("blocked", *args), gradient("xla", *args)):
+            np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_a_query_that_sees_nothing_gives_finite_gradients():
+    q, k, v = _inputs()
+    mask = np.ones((1, 1, STEPS, KEYS), bool)
+    mask[:, :, 2] = False
+
+    def loss(qkv):
+        return jnp.sum(jnp.sin(in_blocks(*qkv, mask)))
+
+    for gradient in jax.jit(jax.grad(loss))((q, k, v)):
+        assert np.isfinite(gradient).all()
 
 
 def test_bfloat16_blocks_stay_near_float32():
     q, k, v = _inputs()
-    want = jax.jit(attention.blocked)(q, k, v)
+    want = jax.jit(in_blocks)(q, k, v)
     half = [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)]
-    got = jax.jit(attention.blocked)(*half)
+    got = jax.jit(in_blocks)(*half)
     assert got.dtype == jnp.bfloat16
     error = np.sqrt(np.mean(np.square(got - want)) / np.mean(np.square(want)))
     assert error < 2e-2
@@ -84,10 +104,17 @@ def _shaped(steps, keys, width=64, dtype=jnp.bfloat16):
 
 
 def test_short_sequences_keep_the_plain_form():
-    mask = jnp.ones((2, 1, 1, 512), bool)
-    for platform in ("cpu", "tpu", "gpu"):
+    for platform, steps, keys in (("cpu", 90, 100), ("tpu", 2000, 512), ("gpu", 2000, 512)):
         with _on(platform, 1):
-            assert attention.choose(*_shaped(2000, 512), mask) == "xla"
+            mask = jnp.ones((2, 1, 1, keys), bool)
+            assert attention.choose(*_shaped(steps, keys), mask) == "xla"
+
+
+def test_many_queries_of_few_keys_are_too_much_for_the_caches_of_a_cpu():
+    with _on("cpu", 1):
+        assert attention.choose(*_shaped(100, 100)) == "blocked"
+    with _on("cpu", 8):
+        assert attention.choose(*_shaped(100, 100)) == "xla"
 
 
 @pytest.mark.parametrize(

@@ -141,27 +141,37 @@ def _heads_first(x: np.ndarray) -> jax.Array:
     return jnp.asarray(x.swapaxes(1, 2))
 
 
-@pytest.mark.parametrize("group", [1, 3])
-def test_segments_share_one_softmax_and_never_mix_rows(group):
-    # 2 prompts with `group` rows each; by hand the shared keys are repeated for each row.
-    rng = np.random.default_rng(1)
+def _segments(rng, group: int, steps: int):
+    """2 prompts of 5 keys with `group` rows each; by hand, the shared keys are repeated.
+
+    Returns: (q, the segments, k, v, mask of the rows as one segment would have them).
+    """
     rows = 2 * group
-    q = rng.normal(size=(rows, 3, 4, 6)).astype(np.float32)
+    q = rng.normal(size=(rows, steps, 4, 6)).astype(np.float32)
     shared_k, shared_v = rng.normal(size=(2, 2, 5, 2, 6)).astype(np.float32)
     own_k, own_v = rng.normal(size=(2, rows, 3, 2, 6)).astype(np.float32)
     shared_mask = np.array([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]], bool)
-    own_mask = np.tril(np.ones((3, 3), bool))
-    got = jax.jit(layers.attend_segments)(
-        q,
-        [
-            layers.Segment(_heads_first(shared_k), _heads_first(shared_v), shared_mask[:, None]),
-            layers.Segment(_heads_first(own_k), _heads_first(own_v), own_mask[None]),
-        ],
-    )
+    own_mask = np.tril(np.ones((3, 3), bool))[-steps:]
+    segments = [
+        layers.Segment(_heads_first(shared_k), _heads_first(shared_v), shared_mask[:, None]),
+        layers.Segment(_heads_first(own_k), _heads_first(own_v), own_mask[None]),
+    ]
     k = np.concatenate([np.repeat(shared_k, group, 0), own_k], axis=1)
     v = np.concatenate([np.repeat(shared_v, group, 0), own_v], axis=1)
-    seen = np.repeat(np.repeat(shared_mask, group, 0)[:, None], 3, 1)
+    seen = np.repeat(np.repeat(shared_mask, group, 0)[:, None], steps, 1)
     mask = np.concatenate([seen, np.repeat(own_mask[None], rows, 0)], axis=-1)
+    return q, segments, k, v, mask
+
+
+@pytest.mark.parametrize("form", ["cpu", "any", "blocks"])
+@pytest.mark.parametrize(("group", "steps"), [(1, 3), (3, 3), (3, 1)])
+def test_segments_share_one_softmax_and_never_mix_rows(monkeypatch, group, steps, form):
+    if form == "any":
+        monkeypatch.setattr(layers, "target", lambda: ("tpu", 1))
+    if form == "blocks":
+        monkeypatch.setattr(layers, "suits_blocks", lambda *_: True)
+    q, segments, k, v, mask = _segments(np.random.default_rng(1), group, steps)
+    got = jax.jit(layers.attend_segments)(q, segments)
     np.testing.assert_allclose(got, _attention_by_hand(q, k, v, mask), atol=1e-5)
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paras2s_jax.models import axes
+from paras2s_jax.models import axes, vocab
 from paras2s_jax.models.vocab import token_logp
 from paras2s_jax.train import sharding
 
@@ -61,6 +61,24 @@ def test_values_and_gradients_are_those_of_the_plain_formula(chunk):
     assert_same(found, results(plain, *inputs()))
 
 
+def test_what_is_kept_for_the_backward_pass_changes_nothing(monkeypatch):
+    monkeypatch.setattr(vocab, "CPU_CHUNK", 7)
+    found = jax.jit(functools.partial(results, chunked(None)))(*inputs())
+    assert_same(found, results(plain, *inputs()))
+
+
+def num_logits(chunk):
+    """Products that give logits, in the program with its gradients."""
+    traced = str(jax.make_jaxpr(functools.partial(results, chunked(chunk)))(*inputs()))
+    return len(re.findall(rf":f32\[\d+,{VOCAB}\] = dot_general", traced))
+
+
+def test_logits_are_made_again_in_chunks_and_kept_otherwise():
+    # Counted with the gradient of the kernel, which is of [WIDTH, VOCAB].
+    assert num_logits(7) == 3
+    assert num_logits(None) == 2
+
+
 def on_mesh(sizes, rules, rows=ROWS, chunk=3):
     """The program on a mesh, and its arguments where they belong."""
     layout = sharding.Layout(sharding.make_mesh(sizes), rules)
@@ -85,8 +103,9 @@ def on_mesh(sizes, rules, rows=ROWS, chunk=3):
     ],
 )
 def test_devices_share_the_work(sizes, rules, rows):
-    program, args = on_mesh(sizes, rules, rows)
-    assert_same(program(*args), results(plain, *inputs(rows)))
+    for chunk in (3, None):
+        program, args = on_mesh(sizes, rules, rows, chunk)
+        assert_same(program(*args), results(plain, *inputs(rows)))
 
 
 def computations(text):
