@@ -7,6 +7,8 @@ an answer with one. Its waves are named by audio ids in a folder of the user's.
 import csv
 from pathlib import Path
 
+from tqdm import tqdm
+
 from paras2s_jax.audio import wave as wave_lib
 from paras2s_jax.data.records import Query, RecordError, Response, write_jsonl
 
@@ -42,7 +44,7 @@ def import_csv(
             known.append(row["curr_emotion"])
     numbers = {key: number for number, key in enumerate(sorted(styles))}
     queries, answers = [], []
-    for number, row in enumerate(rows):
+    for number, row in enumerate(tqdm(rows, desc="import", unit="turn")):
         others = [name for name in styles[_key(row)] if name != row["curr_emotion"]]
         if not others:
             continue

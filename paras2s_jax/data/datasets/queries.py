@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from tqdm import tqdm
 
 from paras2s_jax.audio import wave as wave_lib
 from paras2s_jax.data.records import Query, RecordError, write_jsonl
@@ -50,7 +51,9 @@ def query_of(example: Mapping[str, Any]) -> tuple[Query, np.ndarray]:
 def export(builder: tfds.core.DatasetBuilder, split: str, folder: Path) -> Path:
     """Writes a split as queries.jsonl and wavs, as every stage reads them. Returns: the jsonl."""
     rows = []
-    for example in tfds.as_numpy(builder.as_dataset(split=split)):
+    examples = tfds.as_numpy(builder.as_dataset(split=split))
+    total = builder.info.splits[split].num_examples
+    for example in tqdm(examples, total=total, desc="export", unit="query"):
         query, wave = query_of(example)
         wave_lib.save(wave_lib.inside(folder, query.wav), wave, wave_lib.RATE_HZ)
         rows.append(query)
