@@ -152,10 +152,9 @@ class Program:
         return runs
 
     def trips(self, computation: str, loop: Instruction) -> int:
-        """How often the body of a while runs at the most: the bound of its counter over its step.
+        """How often the body of a while runs at the most, by its counter's start, step and bound.
 
-        Loops count up from 0; one that may stop sooner (a rollout whose answers have all ended) is
-        taken to go on to its bound.
+        One that may stop sooner (a rollout whose answers have all ended) is taken to go on.
 
         Raises:
             ValueError: the bound is not a constant.
@@ -167,37 +166,40 @@ class Program:
         turns = []
         for test in condition.values():
             # A fusion in a condition holds the comparison.
-            is_bound = test.attribute("direction") in ("LT", "GT") or test.opcode == "fusion"
-            if is_bound:
-                step = max(self._step(condition, name, loop) for name in test.operands)
-                values = (self._constant(condition, n, computation, loop) for n in test.operands)
-                turns += [-(-value // step) for value in values if value is not None and value > 0]
+            if test.attribute("direction") not in ("LT", "GT") and test.opcode != "fusion":
+                continue
+            steps = {name: self._step(condition, name, loop) for name in test.operands}
+            values = {n: self._constant(condition, n, computation, loop) for n in test.operands}
+            step = max(steps.values()) or 1
+            start = max((values[name] or 0 for name in steps if steps[name]), default=0)
+            bounds = (values[name] or 0 for name in steps if not steps[name])
+            turns += [-(-(bound - start) // step) for bound in bounds if bound > 0]
         if not turns:
             raise ValueError(f"the loop {loop.name} has no constant bound")
         return max(turns)
 
     def _step(self, condition, name: str, loop: Instruction) -> int:
-        """What the body adds to an element of the state that the condition reads; 1 if unclear.
+        """What the body adds to an element of the state that the condition reads; 0 if unclear.
 
         XLA unrolls the loops in which it overlaps a gather with a product: they count by twos.
         """
         read = condition.get(name)
         if read is None or read.opcode != "get-tuple-element":
-            return 1
+            return 0
         body = self.computations[loop.attribute("body").lstrip("%")]
         state = next(reversed(body.values()))
         index = int(read.attribute("index"))
         if state.opcode != "tuple" or index >= len(state.operands):
-            return 1
+            return 0
         added = body.get(state.operands[index])
         if added is None or added.opcode != "add":
-            return 1
+            return 0
         terms = (body[term] for term in added.operands if term in body)
         found = [term.argument for term in terms if term.opcode == "constant"]
-        return max([int(text) for text in found if text.isdigit()], default=1)
+        return max([int(text) for text in found if text.isdigit()], default=0)
 
     def _constant(self, inside, name: str, outside: str, loop: Instruction) -> int | None:
-        """The integer that an instruction of a condition stands for, if it is one."""
+        """The integer that an instruction of a condition stands for, or its most, if it has one."""
         found = inside.get(name)
         if found is None:
             return None
@@ -205,6 +207,9 @@ class Program:
             return int(found.argument) if re.fullmatch(r"-?\d+", found.argument) else None
         if found.opcode in ("copy", "bitcast", "convert") and found.operands:
             return self._constant(inside, found.operands[0], outside, loop)
+        if found.opcode == "minimum":
+            known = (self._constant(inside, name, outside, loop) for name in found.operands)
+            return min((value for value in known if value is not None), default=None)
         index = found.attribute("index")
         if found.opcode == "get-tuple-element" and inside is not self.computations[outside]:
             around = self.computations[outside]

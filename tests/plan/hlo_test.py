@@ -154,6 +154,19 @@ ENTRY %main (p: bf16[4,8], w: bf16[8,16]) -> bf16[64,32] {
 """.replace("GROUPS", "replica_groups=[4,16]<=[64], dimensions={0}")
 
 
+def test_loops_that_start_late_and_may_end_early():
+    """From 3 by twos to the smaller of 8 and what is not known: 3, 5, 7."""
+    text = OVERLAPPED.replace("%zero = s32[] constant(0)", "%zero = s32[] constant(3)")
+    handed_in = "%bound = s32[] get-tuple-element(%state), index=3"
+    text = text.replace("%bound = s32[] constant(8)", handed_in)
+    limit = "%most = s32[] constant(8)\n  %last = s32[] minimum(%some, %most)\n  %start ="
+    text = text.replace("%start =", limit).replace(
+        "tuple(%p, %w, %zero)", "tuple(%p, %w, %zero, %last)"
+    )
+    text = text.replace("tuple(%x, %moved, %next)", "tuple(%x, %moved, %next, %i)")
+    assert hlo.Program(text).runs["body"] == 3
+
+
 def test_loops_that_count_by_twos_and_hidden_collectives():
     program = hlo.Program(OVERLAPPED)
     assert program.runs["body"] == 4
