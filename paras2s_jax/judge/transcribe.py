@@ -82,15 +82,9 @@ class WhisperTranscriber:
         self._len_buckets_s = tuple(len_buckets_s)
         self._model = WhisperASR(config)
         self.model_id = f"whisper-asr-{params_digest(variables)[:12]}"
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        tokenizer = self.tokenizer
-        return {
-            **dataclasses.asdict(self.decoding),
-            # What each id says, whatever the file of the tokenizer looks like.
-            "tokenizer": digest([tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]),
-        }
+        # What each id says, whatever the file of the tokenizer looks like.
+        words = digest([tokenizer.decode([i]) for i in range(tokenizer.vocab_size)])
+        self.settings = {**dataclasses.asdict(decoding), "tokenizer": words}
 
     @property
     def max_dur_s(self) -> float:
