@@ -27,8 +27,14 @@ from paras2s_jax.bench import charts, plots, tables
 from paras2s_jax.bench.style_pairs import style_pairs
 from paras2s_jax.train.metrics import read_metrics
 
-# Progress bars write seldom enough for a page that keeps all they write.
-ENVIRONMENT = {"PYTHONUNBUFFERED": "1", "TQDM_MININTERVAL": "1", "TQDM_NCOLS": "90"}
+ENVIRONMENT = {
+    "PYTHONUNBUFFERED": "1",
+    # Progress bars write seldom enough for a page that keeps all they write.
+    "TQDM_MININTERVAL": "1",
+    "TQDM_NCOLS": "90",
+    # Kernels ask for colours, at which tables squeeze themselves into a terminal of 80 columns.
+    "FORCE_COLOR": "",
+}
 POLL_S = 0.2
 
 
