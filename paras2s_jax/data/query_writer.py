@@ -82,8 +82,8 @@ class _Answer(pydantic.BaseModel):
 
 def expected(num_wanted: int, keep_share: float) -> Expected:
     """Of one dimension, if `keep_share` of what is proposed passes the filters."""
-    proposed = math.ceil(num_wanted / keep_share)
-    rounds = math.ceil(proposed / PER_CALL)
+    rounds = math.ceil(num_wanted / keep_share / PER_CALL)
+    proposed = rounds * PER_CALL
     asked = proposed * len(FILTERS)
     length = {name: len(_prompt(name)) // CHARS_PER_TOKEN for name in ("propose", *FILTERS)}
     per_sentence = sum(length[name] + _SENTENCE_CHARS // CHARS_PER_TOKEN for name in FILTERS)

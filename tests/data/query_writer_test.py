@@ -133,6 +133,8 @@ def test_the_estimate_by_hand():
     assert found.calls == 2 + 20 * 3
     assert found.tokens_out == 20 * 80 + 60 * 40
     assert 2000 < found.tokens_in < 10_000
+    # Of the last round, too, all are asked about.
+    assert query_writer.expected(3, 0.5).calls == 1 + 10 * 3
 
 
 def test_likeness_ignores_the_order_of_words_and_marks():
