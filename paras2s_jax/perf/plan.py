@@ -144,7 +144,7 @@ def read_update(config: ConfigDict, made: aot.Compiled, program: hlo.Program) ->
     found = reading.heads_gathered(program, head)
     gathers = [gather.times / config.grpo.accum_steps for gather in found]
     return {
-        "plan/update/logits_over_chunk": rows / (config.policy.logp_chunk / ways),
+        "plan/update/logits_over_chunk": rows / config.policy.logp_chunk,
         "plan/update/head_gathers": max(gathers, default=0.0),
         "plan/update/wire_gb": sum((made.wire or {}).values()) / 1e9,
     }

@@ -64,8 +64,8 @@ def _reward(sizes: Sizes, s: Shape) -> Stack:
 def _heads(sizes: Sizes, s: Shape, chunk: int | None) -> float:
     """Bytes of a head at work: its gathered weights, logits and their softmax in float32."""
     c = sizes.policy
-    tokens = s.rows * s.answer / s.accum_steps
-    tokens = min(chunk or tokens, tokens) * s.tensor / s.devices
+    tokens = s.rows * s.answer / s.accum_steps * s.tensor / s.devices
+    tokens = min(chunk or tokens, tokens)
     logits = 3 * FP32 * tokens * c.vocab_size / s.tensor
     return BF16 * c.vocab_size * c.hidden_size / s.tensor + logits
 
