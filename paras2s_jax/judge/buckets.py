@@ -45,9 +45,11 @@ class Buckets:
                 f"{self.max_dur_s:.2f} s; add a longer bucket."
             )
         bucket_of = np.searchsorted(self._lens, longest)
+        # Waves of like lengths together: what is said in them ends at about the same step.
+        by_length = np.argsort(longest, kind="stable")
         results: list[Any] = [None] * len(longest)
         for bucket in np.unique(bucket_of):
-            members = np.flatnonzero(bucket_of == bucket)
+            members = by_length[bucket_of[by_length] == bucket]
             for start in range(0, len(members), self._batch_size):
                 rows = members[start : start + self._batch_size]
                 batch: list[np.ndarray] = []

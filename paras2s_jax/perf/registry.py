@@ -45,7 +45,7 @@ MEASURES: dict[str, Command] = {
             "detokenize",
             "speed of a batch of answers against one by one; what approximations change",
             (
-                Flag("answers", "in the batch", 16, int),
+                Flag("answers", "in the batch", 6, int),
                 Flag("width", "of the flow-matching network", 128, int),
                 Flag("depth", "of the flow-matching network, in layers", 4, int),
                 Flag("channels", "of the vocoder, at first", 32, int),

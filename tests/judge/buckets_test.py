@@ -28,6 +28,17 @@ def test_rows_come_back_in_order_with_few_shapes():
     assert sorted(shapes) == [(2, 1600), (2, 3200)]
 
 
+def test_waves_of_like_lengths_share_a_batch():
+    batches = []
+
+    def note(waves, lens):
+        batches.append(lens.tolist())
+        return lens
+
+    assert Buckets((0.1,), 2).run(note, _waves(5, 900, 7, 800)) == [5, 900, 7, 800]
+    assert batches == [[5, 7], [800, 900]]
+
+
 def test_nothing_in_nothing_out():
     assert Buckets((0.1,), 2).run(lambda waves, lens: lens, []) == []
 
