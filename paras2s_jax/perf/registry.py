@@ -117,7 +117,7 @@ MEASURES: dict[str, Command] = {
             (
                 Flag("pairs", "judged in batches", 1000, int),
                 Flag("single", "judged one by one", 60, int),
-                Flag("batch_size", "waves per call of a stage", 32, int),
+                Flag("batch_size", "waves per call of a stage", 8, int),
                 WORKDIR,
             ),
             Lazy("paras2s_jax.perf.judge", "run"),
