@@ -4,8 +4,8 @@
 
 Two cores, minutes, under 6 GB of memory. The small pretrained parts (codec, recogniser, tone namer,
 tokenizers, tone-deaf base policy) come with the package; `configs/tiny.py:from_scratch` trains them
-first. `configs/tiny.py:quick` is the same recipe with less of everything: a few minutes, and a
-smaller effect.
+first. `configs/tiny.py:quick` is the same recipe with less of everything, to see it run:
+about ten minutes, too few for GRPO to show an effect.
 """
 
 import ml_collections
