@@ -110,12 +110,24 @@ def joined(
     """
     start(settings)
     try:
+        _connect()
         yield
     except BaseException as error:
         if jax.distributed.is_initialized():
             fail(*(describe(error) if describe else (traceback.format_exc(), 1)))
         raise
     finish()
+
+
+def _connect() -> None:
+    """Has the devices meet while all processes are here.
+
+    Those of CPUs look for each other at the first collective and give up after 30 s, by which one
+    process may well be behind another later on.
+    """
+    if count() > 1:
+        barrier("devices meet")
+        multihost_utils.sync_global_devices(f"{_KEY}/devices meet")
 
 
 def _is_joined(settings: Settings, environ: Mapping[str, str]) -> bool:
