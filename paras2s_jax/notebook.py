@@ -98,16 +98,17 @@ def _follow(process: subprocess.Popen, stop: Callable[[], bool]) -> None:
 
 
 def preempted(line: str, metrics: str | Path, step: int) -> None:
-    """Runs a command, and takes its machine away once it has logged a step.
+    """Runs a command, and takes its machine away once it has logged a step, or a later one.
 
-    metrics: the metrics.jsonl that it writes.
+    metrics: the metrics.jsonl that it writes; what it holds already does not count.
     """
 
-    def reached() -> bool:
+    def last() -> int:
         rows = read_metrics(metrics)
-        return bool(rows) and rows[-1]["step"] >= step
+        return rows[-1]["step"] if rows else 0
 
-    paras2s(line, reached)
+    wanted = max(step, last() + 1)
+    paras2s(line, lambda: last() >= wanted)
 
 
 def devices() -> str:

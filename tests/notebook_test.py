@@ -6,11 +6,13 @@ import pytest
 from IPython.core.interactiveshell import InteractiveShell
 
 from paras2s_jax import notebook
+from paras2s_jax.train.metrics import read_metrics
 
 SCRIPT = """#!/bin/sh
 trap 'echo "gespeichert · saved"; exit 0' TERM
 trap 'echo interrupted; exit 130' INT
 echo "$3 of $2"
+[ -z "$METRICS" ] || echo '{"step": 4}' >> "$METRICS"
 while :; do sleep 0.05; done
 """
 
@@ -29,10 +31,12 @@ def test_a_command_is_told_to_stop_and_ends_well(command, capsys):
     assert capsys.readouterr().out == "gespeichert · saved\n"
 
 
-def test_a_machine_is_taken_away_at_a_step(command, tmp_path, capsys):
+def test_a_machine_is_taken_away_at_a_new_step(command, tmp_path, monkeypatch, capsys):
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text(json.dumps({"step": 3}) + "\n")
+    monkeypatch.setenv("METRICS", str(metrics))
     notebook.preempted("grpo", metrics, step=3)
+    assert read_metrics(metrics)[-1] == {"step": 4}
     assert capsys.readouterr().out.startswith("grpo of paras2s_jax.cli\n")
 
 

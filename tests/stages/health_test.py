@@ -46,8 +46,8 @@ def held_out(load_config, monkeypatch, tmp_path):
     monkeypatch.setattr(
         health, "make_judge", lambda *args, **kwargs: types.SimpleNamespace(judge=0)
     )
-    monkeypatch.setattr(health.distill, "sample", sample)
-    monkeypatch.setattr(health.distill, "judge_samples", judge_samples)
+    monkeypatch.setattr(health, "sample", sample)
+    monkeypatch.setattr(health, "judge_samples", judge_samples)
     monkeypatch.setattr(health.distill, "predict", predict)
     monkeypatch.setattr(health, "Batches", lambda rows, **kwargs: rows)
     made = types.SimpleNamespace(
