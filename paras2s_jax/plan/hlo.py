@@ -204,7 +204,8 @@ class Program:
         if found is None:
             return None
         if found.opcode == "constant":
-            return int(found.argument) if re.fullmatch(r"-?\d+", found.argument) else None
+            number = re.fullmatch(r"\{?(-?\d+)\}?", found.argument)  # {9}: of shape [1]
+            return int(number.group(1)) if number else None
         if found.opcode in ("copy", "bitcast", "convert") and found.operands:
             return self._constant(inside, found.operands[0], outside, loop)
         if found.opcode == "minimum":

@@ -154,12 +154,13 @@ ENTRY %main (p: bf16[4,8], w: bf16[8,16]) -> bf16[64,32] {
 """.replace("GROUPS", "replica_groups=[4,16]<=[64], dimensions={0}")
 
 
-def test_loops_that_start_late_and_may_end_early():
+@pytest.mark.parametrize("most", ["s32[] constant(8)", "s32[1]{0} constant({8})"])
+def test_loops_that_start_late_and_may_end_early(most):
     """From 3 by twos to the smaller of 8 and what is not known: 3, 5, 7."""
     text = OVERLAPPED.replace("%zero = s32[] constant(0)", "%zero = s32[] constant(3)")
     handed_in = "%bound = s32[] get-tuple-element(%state), index=3"
     text = text.replace("%bound = s32[] constant(8)", handed_in)
-    limit = "%most = s32[] constant(8)\n  %last = s32[] minimum(%some, %most)\n  %start ="
+    limit = f"%most = {most}\n  %last = s32[] minimum(%some, %most)\n  %start ="
     text = text.replace("%start =", limit).replace(
         "tuple(%p, %w, %zero)", "tuple(%p, %w, %zero, %last)"
     )
