@@ -74,21 +74,26 @@ def plan_queries(bank: Bank, seed: int, sizes: Sizes) -> list[Clip]:
         for style in (sentence.style_a, sentence.style_b):
             rng = rng_of(seed, "voices", sentence.id)
             for voice in voices_for(style, sentence.split, num_voices, rng):
-                row = Query(
-                    id=f"{sentence.id}-{style}-{voice}",
-                    sentence_id=sentence.id,
-                    dimension=sentence.dimension,
-                    text=sentence.text,
-                    style=style,
-                    contrast=sentence.contrast(style),
-                    topic=sentence.topic,
-                    split=sentence.split,
-                    voice=voice,
-                    wav="",
-                    dur_s=0.0,
-                )
+                row = query_row(sentence, style, voice, f"{sentence.id}-{style}-{voice}")
                 clips.append(_query_clip(row, seed))
     return clips
+
+
+def query_row(sentence: Sentence, style: str, voice: str, name: str) -> Query:
+    """A sentence in one of its styles, before it is spoken: `wav` is empty, `dur_s` 0."""
+    return Query(
+        id=name,
+        sentence_id=sentence.id,
+        dimension=sentence.dimension,
+        text=sentence.text,
+        style=style,
+        contrast=sentence.contrast(style),
+        topic=sentence.topic,
+        split=sentence.split,
+        voice=voice,
+        wav="",
+        dur_s=0.0,
+    )
 
 
 def plan_neutral(bank: Bank, seed: int, sizes: Sizes) -> tuple[list[Clip], list[Clip]]:

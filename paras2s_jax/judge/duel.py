@@ -12,8 +12,8 @@ from typing import Any, Literal
 import numpy as np
 import pydantic
 
-from paras2s_jax.data.endpoint import CallFailure, ChatClient, Reply
-from paras2s_jax.judge.endpoint_score import response_format_of
+from paras2s_jax.data.endpoint import ChatClient
+from paras2s_jax.judge.endpoint_score import response_format_of, score_of
 from paras2s_jax.judge.interfaces import Failure, Heard, Score
 from paras2s_jax.judge.ledger import digest, params_digest
 from paras2s_jax.judge.next_token import NextToken, Tokenizer
@@ -141,7 +141,7 @@ class EndpointComparer:
         options = {"seed": repeat, **self._options}
         bodies = ({"messages": self._prompt.messages(duel), **options} for duel in duels)
         for index, reply in self._client.chat_many(bodies):
-            yield index, _outcome(reply)
+            yield index, score_of(reply, parse_winner)
 
 
 class LocalComparer:
@@ -187,15 +187,6 @@ def _likeliest(probs: np.ndarray) -> Score:
     winners = list(SHARES)
     shares = {name: round(float(p), 4) for name, p in zip(winners, probs)}
     return Score(SHARES[winners[int(probs.argmax())]], None, None, "likeliest", raw=shares)
-
-
-def _outcome(reply: Reply | CallFailure) -> Score | Failure:
-    if isinstance(reply, CallFailure):
-        return Failure(f"{reply.kind}: {reply.message}", raw=reply.raw)
-    raw = {"reply": reply.text, "tokens": [reply.tokens_in, reply.tokens_out]}
-    if reply.refusal:
-        return Failure(f"refused: {reply.refusal}", raw=raw)
-    return parse_winner(reply.text, raw=raw)
 
 
 def parse_winner(text: str, raw: object = None) -> Score | Failure:

@@ -1,6 +1,6 @@
 """Words and names -> a score of 1..5 by a language model behind an OpenAI-compatible server."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from paras2s_jax.data.endpoint import CallFailure, ChatClient, Reply
@@ -68,8 +68,10 @@ class EndpointScorer:
             yield index, score_of(reply)
 
 
-def score_of(reply: Reply | CallFailure) -> Score | Failure:
-    """The score in a server's reply, with the reply beside it."""
+def score_of(
+    reply: Reply | CallFailure, parse: Callable[..., Score | Failure] = parse_score
+) -> Score | Failure:
+    """The score in a server's reply, with the reply beside it. parse: (text, raw=) -> score."""
     if isinstance(reply, CallFailure):
         return Failure(f"{reply.kind}: {reply.message}", raw=reply.raw)
     raw = {"reply": reply.text, "tokens": [reply.tokens_in, reply.tokens_out]}
@@ -77,4 +79,4 @@ def score_of(reply: Reply | CallFailure) -> Score | Failure:
         return Failure(f"refused: {reply.refusal}", raw=raw)
     if reply.finish_reason == "length":
         return Failure("the reply was cut off; raise max_tokens", raw=raw)
-    return parse_score(reply.text, raw=raw)
+    return parse(reply.text, raw=raw)

@@ -168,19 +168,7 @@ def _takes(
         for take in range(num_takes):
             name = f"{sentence.id}-{style}-{voice}.{take}"
             delivery = styles.delivery(voice, style, speaking.rng_of(seed, "takes", name))
-            row = Query(
-                id=name,
-                sentence_id=sentence.id,
-                dimension=sentence.dimension,
-                text=sentence.text,
-                style=style,
-                contrast=sentence.contrast(style),
-                topic=sentence.topic,
-                split=sentence.split,
-                voice=voice,
-                wav="",
-                dur_s=0.0,
-            )
+            row = synthesize.query_row(sentence, style, voice, name)
             clips.append(speaking.Clip(row, "takes", name, sentence.text, delivery))
     return clips
 

@@ -1,6 +1,7 @@
 """A policy of the real classes, small enough for tests, with a random codec."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from paras2s_jax.align import rewards
 from paras2s_jax.align.policy import Frontend, SpeechPolicy
 from paras2s_jax.audio import wave
-from paras2s_jax.data.records import Query, Response
+from paras2s_jax.data.records import Query, Response, Verdict
 from paras2s_jax.data.tokenizer import TextTokenizer
 from paras2s_jax.models.codec import PATCH_DIM, PATCH_SAMPLES, KMeansCodec
 from paras2s_jax.models.kimi_audio import KimiAudio, KimiAudioConfig
@@ -195,3 +196,23 @@ def spoken(clips):
         for i, query in enumerate(queries)
     ]
     return queries, responses, folder
+
+
+def make_verdict(query, response, score):
+    """A judge's verdict with nothing in it but the score, which may be NaN."""
+    return Verdict(
+        query_id=query.id,
+        system=response.system,
+        sample=response.sample,
+        score=score,
+        status="ok" if math.isfinite(score) else "tone: deaf",
+        transcript_in="",
+        style_in=query.style,
+        style_source="label",
+        transcript_out="",
+        tone_out="",
+        content=None,
+        tone_fit=None,
+        judge="by hand",
+        raw={},
+    )

@@ -10,32 +10,13 @@ import pytest
 
 from paras2s_jax.align import distill
 from paras2s_jax.data.batches import Batches
-from paras2s_jax.data.records import Verdict
-
-
-def _verdict(query, response, score):
-    return Verdict(
-        query_id=query.id,
-        system=response.system,
-        sample=response.sample,
-        score=score,
-        status="ok" if math.isfinite(score) else "tone: deaf",
-        transcript_in="",
-        style_in=query.style,
-        style_source="label",
-        transcript_out="",
-        tone_out="",
-        content=None,
-        tone_fit=None,
-        judge="by hand",
-        raw={},
-    )
+from tests.align.conftest import make_verdict
 
 
 def test_rows_leave_out_what_has_no_score_or_no_sound(spoken):
     queries, responses, folder = spoken
     verdicts = [
-        _verdict(query, response, math.nan if at == 0 else 3.0)
+        make_verdict(query, response, math.nan if at == 0 else 3.0)
         for at, (query, response) in enumerate(zip(queries, responses, strict=True))
     ]
     given = [responses[0], dataclasses.replace(responses[1], dur_s=0.0), *responses[2:]]
@@ -72,7 +53,7 @@ def test_reward_model_learns_scores(reward_model, spoken):
     queries, responses, folder = spoken
     # Long answers are good, short ones bad: clips of 2, 3 and 4 codes.
     verdicts = [
-        _verdict(query, response, 1.0 + 2.0 * (int(response.wav[0]) % 3))
+        make_verdict(query, response, 1.0 + 2.0 * (int(response.wav[0]) % 3))
         for query, response in zip(queries, responses, strict=True)
     ]
     rows, root, _ = distill.scored_rows(queries, folder, responses, folder, verdicts)

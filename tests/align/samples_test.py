@@ -11,6 +11,7 @@ from paras2s_jax.audio import wave
 from paras2s_jax.data import answers
 from paras2s_jax.data.records import Verdict, read_jsonl
 from paras2s_jax.train import preemption
+from tests.align.conftest import make_verdict
 
 GROUP = 2
 
@@ -36,29 +37,10 @@ def _sample(tiny, spoken, out_dir, queries=None, **kwargs):
     )
 
 
-def _verdict(query, response, score):
-    return Verdict(
-        query_id=query.id,
-        system=response.system,
-        sample=response.sample,
-        score=score,
-        status="ok" if math.isfinite(score) else "tone: deaf",
-        transcript_in="",
-        style_in=query.style,
-        style_source="label",
-        transcript_out="",
-        tone_out="",
-        content=None,
-        tone_fit=None,
-        judge="by hand",
-        raw={},
-    )
-
-
 def _judge(pairs):
     """Scores by length, and never by words; the very first answer cannot be scored."""
     return [
-        _verdict(query, response, math.nan if at == 0 else min(5.0, 1 + 4 * response.dur_s))
+        make_verdict(query, response, math.nan if at == 0 else min(5.0, 1 + 4 * response.dur_s))
         for at, (query, query_wav, response, response_wav) in enumerate(pairs)
         if query_wav.is_file() and response_wav.is_file()
     ]
