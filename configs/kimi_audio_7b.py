@@ -25,8 +25,11 @@ DEFAULT = "v5p-4x4x4"
 # is gathered. accum: micro-batches of a GRPO update. Of these, prompts must divide
 # over data, and all their answers over data x fsdp; 28 query heads, 4 key heads, a hidden width of
 # 2^9 * 37 and a vocabulary of 2^9 * 329 over the tensor axis of training.
+# Told to load into fast memory only what is read often enough while it is there: left alone, the
+# compiler brings in the trunk's keys for each step and writes all of them back, to add one.
+_NO_ROUND_TRIPS = (("xla_tpu_msa_inefficient_use_to_copy_ratio", "0.75"),)
 TOPOLOGIES = {
-    "v5e-8x8": dict(mesh=(8, 2, 4), decode_mesh=(2, 8, 4), accum=2),
+    "v5e-8x8": dict(mesh=(8, 2, 4), decode_mesh=(2, 8, 4), accum=2, rollout=_NO_ROUND_TRIPS),
     "v5e-16x16": dict(mesh=(32, 2, 4), decode_mesh=(4, 16, 4), accum=1),
     "v5p-4x4x4": dict(mesh=(1, 16, 4), decode_mesh=(2, 8, 4), accum=1),
     "v6e-8x8": dict(mesh=(1, 16, 4), decode_mesh=(2, 8, 4), accum=1),
@@ -79,7 +82,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
     # queries.jsonl and demonstrations.jsonl (data/records.py), wavs relative to the folder.
     c.data = ConfigDict(dict(folder="data/paras2s"))
-    _add_policy(c, lora)
+    _add_policy(c, lora, shapes.get("rollout", ()))
     _add_sft(c)
     _add_distillation(c)
     _add_grpo(c, shapes["accum"])
@@ -101,7 +104,7 @@ def _mesh(sizes: tuple[int, int, int]) -> ConfigDict:
     return ConfigDict(dict(zip(("data", "fsdp", "tensor"), sizes)))
 
 
-def _add_policy(c: ConfigDict, lora: bool) -> None:
+def _add_policy(c: ConfigDict, lora: bool, rollout_options: tuple) -> None:
     c.policy = ConfigDict()
     c.policy.checkpoint = "checkpoints/Kimi-Audio-7B-Instruct"
     # Depths, for plans of fewer layers; all other sizes are those of the checkpoint.
@@ -131,6 +134,7 @@ def _add_policy(c: ConfigDict, lora: bool) -> None:
     c.policy.logp_chunk = 1024
     # Reading the weights takes most of a decoding step: fewer rows would save little.
     c.policy.halvings = 0
+    c.policy.rollout_options = rollout_options
     c.policy.detokenizer = ConfigDict(dict(ode_steps=30, chunked=True))
     c.policy.text_sampling = ConfigDict(dict(temperature=1.0, top_k=0))
     c.policy.audio_sampling = ConfigDict(dict(temperature=1.0, top_k=0))

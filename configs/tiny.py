@@ -299,6 +299,7 @@ def _add_policy(c: ConfigDict) -> None:
     c.policy.remat = "none"
     c.policy.logp_chunk = 768
     c.policy.halvings = 0  # its answers are of similar lengths
+    c.policy.rollout_options = ()  # for the compiler, as (name, value)
     c.policy.detokenizer = ConfigDict(dict(griffin_lim_iters=4, griffin_lim_rows=8))
     c.policy.text_sampling = ConfigDict(dict(temperature=1.0, top_k=0))
     c.policy.audio_sampling = ConfigDict(dict(temperature=0.5, top_k=0))

@@ -175,7 +175,13 @@ class Responder:
             return policy.speak(frontend, rollout, jax.random.split(rng)[1])
 
         self.hear = Program("hear", hear, train, place=train.rows)
-        self._rollout = Program("rollout", rollout, decode, place=grouped)
+        self._rollout = Program(
+            "rollout",
+            rollout,
+            decode,
+            place=grouped,
+            compiler_options=dict(policy.rollout_options) or None,
+        )
         self.speak = Program(
             "speak", speak, train, place=functools.partial(train.rows, grouped=True)
         )

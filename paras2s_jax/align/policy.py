@@ -64,6 +64,7 @@ class SpeechPolicy:
             30 s); False masks padding, so that short queries stay cheap.
         logp_chunk: positions whose logits exist at one time in `logp`; None for all.
         halvings: of a rollout's rows, as answers end (decode.generate).
+        rollout_options: (name, value) pairs for the compiler of the rollout, of its platform.
     """
 
     model: KimiAudio
@@ -74,6 +75,7 @@ class SpeechPolicy:
     pieces_of_30_s: bool = False
     logp_chunk: int | None = None
     halvings: int = 0
+    rollout_options: tuple[tuple[str, str], ...] = ()
 
     def boxed(self) -> Any:
         """Shapes, types and logical axes of the model's variables; makes no arrays."""

@@ -237,4 +237,5 @@ def _policy(config: ConfigDict, model: KimiAudioConfig, encoder: WhisperEncoder)
         pieces_of_30_s=bool(c.checkpoint),
         logp_chunk=c.logp_chunk,
         halvings=c.halvings,
+        rollout_options=tuple(tuple(pair) for pair in c.rollout_options),
     )

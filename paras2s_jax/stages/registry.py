@@ -28,7 +28,7 @@ SUMMARY, SETTINGS = "summary.json", "settings.json"
 INERT_KEYS = frozenset(
     {"num_workers", "griffin_lim_rows", "save_every", "keep", "keep_every", "max_skipped", "health"}
     # How a computation is cut up, which is a matter of the devices.
-    | {"accum_steps", "logp_chunk", "remat", "scan_unroll", "halvings"}
+    | {"accum_steps", "logp_chunk", "remat", "scan_unroll", "halvings", "rollout_options"}
 )
 
 Figures = dict[str, float]

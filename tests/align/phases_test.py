@@ -1,8 +1,11 @@
 """The programs of a step: what moves, what they are lowered with, what they give."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from paras2s_jax.align import phases
 from paras2s_jax.models import axes
@@ -50,6 +53,13 @@ def test_weights_move_to_another_mesh_of_the_same_devices(tiny):
     wanted = layouts.decode.abstract(boxed)
     for (path, leaf), (_, other) in zip(leaves_of(weights), leaves_of(wanted), strict=True):
         assert leaf.sharding.is_equivalent_to(other.sharding, leaf.ndim), path
+
+
+def test_options_reach_the_compiler_of_the_rollout(tiny, queries):
+    policy = dataclasses.replace(tiny.policy, rollout_options=(("xla_no_such_option", "1"),))
+    respond = phases.Responder(policy, group_size=2)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
+        respond(tiny.variables, tiny.frontend, queries, jax.random.key(0))
 
 
 def test_respond_batch_gives_what_a_bench_wants(tiny, queries):
