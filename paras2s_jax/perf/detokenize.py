@@ -1,7 +1,8 @@
 """Detokenizing a batch of answers against one after the other, and what approximations change.
 
-One after the other is done in two ways: as streams of 30-code chunks, which is how the release
-speaks, and whole, in the smallest of a few padded lengths. Random weights, released architecture.
+One after the other is done in two ways: as streams of 30-code chunks whose conditions are computed
+for every frame, which is how the release speaks, and whole, with all that is saved in the batch, in
+the smallest of a few padded lengths. Random weights, released architecture.
 """
 
 import dataclasses
@@ -88,11 +89,19 @@ def _random(init: Callable, num_in_axes: int) -> dict:
     return jax.tree_util.tree_map_with_path(scaled, fresh)
 
 
+class PerFrame(FlowMatchingDetokenizer):
+    """Adaptive norms for every frame, as in the release, not once for the four of a code."""
+
+    def _velocity(self, prefix, codes, mask=None, emit=()):
+        return super()._velocity(prefix, jnp.repeat(codes, FRAMES_PER_CODE, axis=1), mask, emit)
+
+
 class Streams:
     """Answers one after the other, each a stream of chunks; compiled once per kind of chunk."""
 
     def __init__(self, detokenizer: FlowMatchingDetokenizer):
-        self._detokenizer = detokenizer
+        fields = dataclasses.fields(detokenizer)
+        self._detokenizer = PerFrame(**{f.name: getattr(detokenizer, f.name) for f in fields})
         num_mels = detokenizer.dit.config.input_size
 
         def chunk(detokenizer, state, codes, key, number, is_final, len_codes):
