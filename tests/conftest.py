@@ -1,7 +1,9 @@
 """Runs before any test module is imported: what JAX and TensorFlow read when they start."""
 
 import atexit
+import gc
 import os
+import pathlib
 import shutil
 import tempfile
 
@@ -27,3 +29,16 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs
     atexit.register(shutil.rmtree, _programs, ignore_errors=True)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_memory_maps():
+    """Frees compiled programs before a process has as many memory maps as Linux allows, 65530."""
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > 20_000:
+        jax.clear_caches()
+        gc.collect()

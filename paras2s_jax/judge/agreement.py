@@ -225,7 +225,8 @@ def _alpha(table: np.ndarray) -> float:
     if table.size == 0:
         return math.nan
     shared = (~np.isnan(table)).sum(axis=0) > 1
-    values = table[:, shared]
+    # To hundredths: the library's work grows with the square of the number of different values.
+    values = np.round(table[:, shared], 2)
     if not shared.any() or np.nanmin(values) == np.nanmax(values):
         return math.nan
     return float(krippendorff.alpha(values, level_of_measurement="interval"))

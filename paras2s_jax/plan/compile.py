@@ -16,6 +16,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
+from tqdm import tqdm
 
 from paras2s_jax.plan import aot, counted, verdict, work
 from paras2s_jax.plan.aot import COMPILED, DESCRIBED, Compiled
@@ -118,9 +119,9 @@ def make(
     sizes = sizes_of(config)
     shape = work.shape_of(config, stage, described["trained_params"])
     plans = []
-    for phase in found:
-        if only and phase.phase not in only:
-            continue
+    chosen = tqdm([phase for phase in found if not only or phase.phase in only], unit="phase")
+    for phase in chosen:
+        chosen.set_description(f"{stage} on {topology.name}: {phase.phase}")
         if topology.aot is None:
             made = counted.count(stage, phase, sizes, shape, config.policy.logp_chunk)
         else:

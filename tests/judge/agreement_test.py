@@ -67,7 +67,7 @@ def simulated(rng, r, num=400, raters=3):
     for n in range(num):
         quality = rng.normal()
         judge = np.sqrt(r) * quality + np.sqrt(1 - r) * rng.normal()
-        verdicts.append(verdict(f"q{n}", float(3 + 0.5 * judge)))
+        verdicts.append(verdict(f"q{n}", round(3 + 0.5 * judge, 1)))
         person = np.sqrt(r) * quality + np.sqrt(1 - r) * rng.normal()
         for rater in range(raters):
             # Whole numbers of a wide spread, so that rounding costs little.
