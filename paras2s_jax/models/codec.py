@@ -15,7 +15,6 @@ import numpy as np
 from flax import struct
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
-from sklearn.cluster import MiniBatchKMeans
 
 from paras2s_jax.audio import mel as mel_lib
 
@@ -167,6 +166,9 @@ def fit_codebook(waves: list[np.ndarray], size: int, seed: int = 0) -> np.ndarra
     waves: float32[L] each. Returns: float32[size, PATCH_DIM], rounded to float16 so that a
     saved codec gives the same codes.
     """
+    # Takes a second to import, of every command's start.
+    from sklearn.cluster import MiniBatchKMeans
+
     weights = band_weights()
     points = _all_patches(waves) * weights
     if len(points) < size:
