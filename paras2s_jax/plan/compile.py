@@ -10,6 +10,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ def run(
     chip_hour_price: float = 0.0,
     judge_price: float = 0.0,
     reuse: bool = False,
+    jobs: int = 1,
 ) -> Figures:
     """Plans a stage, writes WORKDIR/plan/STAGE/{plan.json, memory.svg, summary.json}, prints it.
 
@@ -58,11 +60,13 @@ def run(
     """
     if not 0.0 < efficiency <= 1.0:
         raise PlanError(f"--efficiency is {efficiency}: give a share in (0, 1].")
+    if jobs < 1:
+        raise PlanError(f"--jobs is {jobs}: give how many phases to compile at one time.")
     commit, started = source_commit(), time.monotonic()
     topology = _topology(config)
     folder = Path(workdir) / "plan" / stage
     only = [name for name in phases.split(",") if name]
-    plans = make(config, stage, topology, folder, only, reuse)
+    plans = make(config, stage, topology, folder, only, reuse, jobs)
     totals = total(config, stage, topology, plans, efficiency, chip_hour_price, judge_price)
     title = f"{stage} on {topology.name}"
     print_plan(title, plans, totals)
@@ -97,11 +101,13 @@ def make(
     folder: Path,
     only: Sequence[str] = (),
     reuse: bool = False,
+    jobs: int = 1,
 ) -> list[PhasePlan]:
     """Compiles, or for chips without a compiler counts, every phase of a stage's step.
 
     only: names of the phases to compile; the others are left out. reuse: whether phases that were
-    compiled in this folder before, with the same config, are taken as they are.
+    compiled in this folder before, with the same config, are taken as they are. jobs: how many are
+    compiled at one time, by a process each.
 
     Raises:
         PlanError: there is no compiler, no such phase, or a program does not compile.
@@ -118,19 +124,41 @@ def make(
         raise PlanError(f"stage {stage} has no phase {unknown[0]!r}; it has {', '.join(names)}.")
     sizes = sizes_of(config)
     shape = work.shape_of(config, stage, described["trained_params"])
+    found = [phase for phase in found if not only or phase.phase in only]
+    if topology.aot is not None:
+        places = [folder / phase.phase for phase in found]
+        missing = [place for place in places if not (reuse and (place / COMPILED).exists())]
+        _compile(missing, job, jobs)
     plans = []
-    chosen = tqdm([phase for phase in found if not only or phase.phase in only], unit="phase")
-    for phase in chosen:
-        chosen.set_description(f"{stage} on {topology.name}: {phase.phase}")
+    for phase in found:
         if topology.aot is None:
             made = counted.count(stage, phase, sizes, shape, config.policy.logp_chunk)
         else:
-            place = folder / phase.phase
-            if not (reuse and (place / COMPILED).exists()):
-                aot.run_worker(place, job | {"phase": phase.phase}, dump=True)
-            made = Compiled.load(place / COMPILED)
+            made = Compiled.load(folder / phase.phase / COMPILED)
         plans.append(PhasePlan(made, work.PHASES[stage][phase.phase](sizes, shape), topology))
     return plans
+
+
+def _compile(places: Sequence[Path], job: dict[str, Any], jobs: int) -> None:
+    """Compiles the phases that the folders are named after, `jobs` at a time.
+
+    Raises:
+        PlanError: one does not compile; those not begun are left.
+    """
+    title = f"{job['stage']} on {job['topology']}"
+    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(places), unit="phase") as bar:
+        bar.set_description(f"{title}: compile")
+        running = {
+            pool.submit(aot.run_worker, place, job | {"phase": place.name}, dump=True): place.name
+            for place in places
+        }
+        try:
+            for future in as_completed(running):
+                future.result()
+                bar.set_description(f"{title}: {running[future]} compiled")
+                bar.update()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def total(

@@ -315,6 +315,7 @@ COMMANDS: dict[str, Command] = {
                 Flag("efficiency", "floor / time that is expected of a step", 0.4, float),
                 Flag("chip_hour_price", "price of a chip for an hour; 0: not given", 0.0, float),
                 Flag("judge_price", "price of 1000 calls of the judge; 0: not given", 0.0, float),
+                Flag("jobs", "phases compiled at one time; each takes up to 4.3 GB", 1, int),
                 Flag(
                     "reuse", "takes phases compiled there before from the same config", False, bool
                 ),

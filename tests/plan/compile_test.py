@@ -2,6 +2,8 @@ import dataclasses
 import functools
 import json
 import runpy
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -99,6 +101,24 @@ def test_phases_compiled_before_are_taken_as_they_are(config, tmp_path, monkeypa
     assert ran[3:] == [None, "hear"] * 2
 
 
+def test_phases_are_compiled_side_by_side_until_one_fails(config, tmp_path, monkeypatch):
+    begun, both = [], threading.Barrier(2, timeout=20)
+
+    def run_worker(folder, job, dump=False):
+        begun.append(folder.name)
+        if folder.name in ("hear", "rollout"):
+            both.wait()
+            raise PlanError(f"{folder.name} cannot be compiled")
+        time.sleep(1.0)  # Goes on while those that wait are called off.
+
+    monkeypatch.setattr(aot, "run_worker", run_worker)
+    job = {"stage": "grpo", "topology": "v5e-2x2"}
+    places = [tmp_path / name for name in ("hear", "rollout", "speak", "reward", "update")]
+    with pytest.raises(PlanError, match=r"(hear|rollout) cannot be compiled"):
+        compile._compile(places, job, 2)
+    assert {"hear", "rollout"} <= set(begun) and "update" not in begun
+
+
 def test_a_plan_that_does_not_fit_is_refused(config, tmp_path, monkeypatch):
     huge = aot.Compiled("update", aot.Memory(0, 0, 0, 99 << 30, 0), {}, {})
     plans = [PhasePlan(huge, Phase(1e15, 1e9), topology_of("v5e-2x2"))]
@@ -140,6 +160,8 @@ def test_configs_that_cannot_be_planned(config, tmp_path, change, message):
 def test_an_impossible_efficiency_is_refused(config, tmp_path):
     with pytest.raises(PlanError, match=r"efficiency is 0: give a share"):
         compile.run(config, str(tmp_path), "grpo", efficiency=0)
+    with pytest.raises(PlanError, match="--jobs is 0: give how many"):
+        compile.run(config, str(tmp_path), "grpo", jobs=0)
 
 
 def test_a_mesh_of_another_size_is_refused_by_the_worker(config, tmp_path):
