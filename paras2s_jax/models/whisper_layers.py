@@ -6,7 +6,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -91,40 +90,8 @@ def mel_conv(
         param_dtype=param_dtype,
         kernel_init=nn.with_logical_partitioning(KERNEL_INIT, (None, axes.FEATURES, axes.EMBED)),
         bias_init=nn.with_logical_partitioning(nn.initializers.zeros, (axes.EMBED,)),
-        conv_general_dilated=_convolve if stride == 2 else None,
         name=name,
     )
-
-
-def _convolve(x, kernel, strides, padding, *, precision, **options) -> jax.Array:
-    """lax.conv_general_dilated; for three taps at stride 2 in the form that suits the platform."""
-
-    def default(x, kernel):
-        return jax.lax.conv_general_dilated(
-            x, kernel, strides, padding, precision=precision, **options
-        )
-
-    def tpu(x, kernel):
-        return every_second(x, kernel, padding[0], precision)
-
-    return jax.lax.platform_dependent(x, kernel, tpu=tpu, default=default)
-
-
-def every_second(
-    x: jax.Array, kernel: jax.Array, padding: tuple[int, int], precision=None
-) -> jax.Array:
-    """A convolution of three taps at stride 2 as one product.
-
-    For a TPU v6e it compiles in a quarter of the time: in float32, of the released width, the
-    convolution takes over a minute.
-    x: [B, T, C]; kernel: [3, C, D]; padding: zeros before and after. Returns: [B, S, D].
-    """
-    rows, steps, width = x.shape
-    size = (steps + sum(padding) - 3) // 2 + 1
-    x = jnp.pad(x, ((0, 0), (padding[0], max(2 * size + 2 - padding[0] - steps, 0)), (0, 0)))
-    pairs = x[:, : 2 * size + 2].reshape(rows, size + 1, 2 * width)
-    taps = jnp.concatenate([pairs[:, :-1], pairs[:, 1:, :width]], axis=-1)
-    return jnp.matmul(taps, kernel.reshape(3 * width, -1), precision=precision)
 
 
 class Attention(nn.Module):
