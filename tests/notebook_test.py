@@ -1,6 +1,7 @@
 """What notebooks call, on a command that says little and traps its signals."""
 
 import json
+import signal
 
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
@@ -40,7 +41,15 @@ def test_a_machine_is_taken_away_at_a_new_step(command, tmp_path, monkeypatch, c
     assert capsys.readouterr().out.startswith("grpo of paras2s_jax.cli\n")
 
 
-def test_the_stop_button_interrupts_the_command(command, capsys):
+@pytest.fixture
+def interruptible():
+    """Tests in the background of a shell ignore SIGINT, and so would the command."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_the_stop_button_interrupts_the_command(command, interruptible, capsys):
     def press():
         if "grpo" in capsys.readouterr().out:
             raise KeyboardInterrupt
