@@ -21,13 +21,14 @@ from paras2s_jax.models import axes
 
 DEFAULT = "v5p-4x4x4"
 
-# Meshes over the same devices, data x fsdp x tensor: of training, and of decoding, where no weight
-# is gathered. accum: micro-batches of a GRPO update. Of these, prompts must divide
-# over data, and all their answers over data x fsdp; 28 query heads, 4 key heads, a hidden width of
-# 2^9 * 37 and a vocabulary of 2^9 * 329 over the tensor axis of training.
 # Told to load into fast memory only what is read often enough while it is there: left alone, the
 # compiler brings in the trunk's keys for each step and writes all of them back, to add one.
 _NO_ROUND_TRIPS = (("xla_tpu_msa_inefficient_use_to_copy_ratio", "0.75"),)
+
+# Meshes over the same devices, data x fsdp x tensor: of training, and of decoding, where no weight
+# is gathered. rollout: options for its compiler. accum: micro-batches of a GRPO update. Of these,
+# prompts must divide over data, and all their answers over data x fsdp; 28 query heads, 4 key
+# heads, a hidden width of 2^9 * 37 and a vocabulary of 2^9 * 329 over the tensor axis of training.
 TOPOLOGIES = {
     "v5e-8x8": dict(mesh=(8, 2, 4), decode_mesh=(2, 8, 4), accum=2, rollout=_NO_ROUND_TRIPS),
     "v5e-16x16": dict(mesh=(32, 2, 4), decode_mesh=(4, 16, 4), accum=1),

@@ -13,7 +13,8 @@ from paras2s_jax.audio import styles
 from paras2s_jax.audio import wave as wave_lib
 from paras2s_jax.data import speaking
 from paras2s_jax.data.bank import load_bank
-from paras2s_jax.data.records import DIMENSIONS, Query, Response
+from paras2s_jax.data.records import DIMENSIONS, Response
+from paras2s_jax.data.synthesize import query_row
 from paras2s_jax.judge.chain import Judge, Pair
 from paras2s_jax.judge.classifier import WaveClassifier
 from paras2s_jax.judge.ledger import Ledger
@@ -92,10 +93,7 @@ def write_pairs(folder: Path, count: int) -> list[Pair]:
         ((s, style) for s in spoken for style in (s.style_a, s.style_b)), NUM_SPOKEN
     ):
         name = f"{sentence.id}-{style}"
-        query = Query(
-            name, sentence.id, sentence.dimension, sentence.text, style, sentence.contrast(style),
-            sentence.topic, "test", "", "", 0.0,
-        )  # fmt: skip
+        query = query_row(sentence, style, "", name)
         text = bank.answers[sentence.dimension, style][0]
         answer = Response(name, "perf", 0, text, "", tone="gentle")
         delivery = styles.tone_delivery("gentle", speaking.rng_of(0, name))

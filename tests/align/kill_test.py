@@ -1,6 +1,6 @@
 """A GRPO run that is killed again and again. Run as a program, this file is the run.
 
-The full measure, many times longer: PARAS2S_KILLS=20,5 python -m pytest tests/align/kill_test.py
+The full measure, five times longer: PARAS2S_KILLS=20,5 python -m pytest tests/align/kill_test.py
 """
 
 import os
@@ -24,7 +24,7 @@ from paras2s_jax.train.metrics import MetricWriter, read_metrics
 
 ROOT = pathlib.Path(__file__).parents[2]
 # SIGKILLs and SIGTERMs.
-NUM_KILLS, NUM_TERMS = map(int, os.environ.get("PARAS2S_KILLS", "2,1").split(","))
+NUM_KILLS, NUM_TERMS = map(int, os.environ.get("PARAS2S_KILLS", "3,1").split(","))
 # Neither divides the other: checkpoints fall between rows of metrics.
 SAVE_EVERY, LOG_EVERY = 3, 2
 # How much later than what was there at its start a run is killed, at most.
